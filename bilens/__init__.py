@@ -1,0 +1,50 @@
+"""bilens: hooked bilinear transformers and the circuits in their weights.
+
+The table of contents, in reading order. The algebra imports at once; what needs transformer_lens, sae_lens or plotly is
+imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .decompositions import Eigen as Eigen
+from .decompositions import eigen as eigen
+from .interactions import Interactions as Interactions
+from .interactions import top_interactions as top_interactions
+from .tensor import BilinearTensor as BilinearTensor
+
+if TYPE_CHECKING:
+    from . import circuits as circuits
+    from . import plots as plots
+    from . import report as report
+    from . import saes as saes
+    from .checkpoints import CheckpointError as CheckpointError
+    from .checkpoints import load as load
+    from .checkpoints import save as save
+    from .transformer import BilinearConfig as BilinearConfig
+    from .transformer import BilinearTransformer as BilinearTransformer
+
+__version__ = "0.1.0"
+
+_LATER = {
+    "load": "checkpoints",
+    "save": "checkpoints",
+    "CheckpointError": "checkpoints",
+    "BilinearConfig": "transformer",
+    "BilinearTransformer": "transformer",
+}
+_MODULES = ("checkpoints", "circuits", "layers", "plots", "report", "saes", "transformer")
+
+__all__ = ["BilinearTensor", "Eigen", "Interactions", "eigen", "top_interactions", *_LATER, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'bilens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

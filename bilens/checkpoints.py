@@ -1,0 +1,517 @@
+"""Published checkpoints to models and back: from the Hub, a folder, or the model that ships inside."""
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .transformer import BilinearConfig, BilinearTransformer
+
+EMBEDDED = "bilens-mini"
+PUBLISHED = ("tdooms/ts-medium", "tdooms/fw-small", "tdooms/fw-medium")
+TOKENIZERS = {
+    "ts-4096": "tdooms/ts-tokenizer-4096",
+    "mistral": "mistral-community/Mixtral-8x22B-v0.1",
+    "gpt2": "openai-community/gpt2",
+}
+UNREAD = {  # written by transformers or by training; without effect on what the model computes
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "auto_map", "_name_or_path"),
+    *("repo", "modifier", "noise", "attn_dropout", "embed_dropout", "mlp_dropout", "resid_dropout"),
+}
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded as what it claims to be; nothing was loaded."""
+
+
+def assets() -> Path:
+    """Return the folder of the embedded model, its tokenizer, its SAEs and its card."""
+    return Path(str(files("bilens") / "assets" / EMBEDDED))
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> "BilinearTransformer":
+    """Load a bilinear language model in any published format, from the Hub, a folder, or the embedded `"bilens-mini"`.
+
+    Reads safetensors directly (memory-mapped) into a plain `nn.Module` in eval mode; no code from the checkpoint runs,
+    nothing is unpickled, no weight is ever made up.
+
+    Args:
+        name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors` (and `tokenizer.json`), or a Hub
+            repository such as `"tdooms/ts-medium"` (the papers' ts-tiny).
+        revision: Branch, tag or commit of the Hub repository.
+        device: Where to put the weights; the CPU if `None`.
+        dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, and fast on CPUs).
+        tokenizer: A `tokenizer.json`, a folder or a Hub repository that holds one. If `None`: the checkpoint's own, for
+            a Hub repository else the one that its config names.
+
+    Returns:
+        The model. `model.source` is the config as published, `model.ignored_keys` its keys without meaning here.
+
+    Raises:
+        FileNotFoundError: No such folder or repository (with near names), no such revision or file, or not in the cache
+            while offline.
+        CheckpointError: A missing, misshapen or non-finite tensor, a config that contradicts the tensors, a pickle
+            instead of safetensors; says which file and tensor, what was expected and what was found.
+    """
+    if not str(name):
+        raise ValueError(f"name must be {EMBEDDED!r}, a folder or a Hub repository, got an empty string")
+    source = _Source.find(name, revision)
+    config_file = source.file("config.json")
+    config = _read_json(config_file)
+    tensors = _read_tensors(source, dtype)
+    model = _build(config, tensors, config_file, dtype)
+    model.tokenizer = _find_tokenizer(source, config, tokenizer)
+    if model.tokenizer is not None and model.tokenizer.get_vocab_size() > model.cfg.d_vocab:
+        raise CheckpointError(
+            f"the tokenizer of {name} has {model.tokenizer.get_vocab_size()} tokens, the embedding only "
+            f"{model.cfg.d_vocab} rows: they do not belong together"
+        )
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def save(model: "BilinearTransformer", folder: str | os.PathLike[str]) -> None:
+    """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, `tokenizer.json`.
+
+    The format is that of the generation the model came from, unknown config keys included; a new model gets the newest.
+    Loading it again is bit-identical. Each file is replaced atomically, nothing outside `folder` is touched.
+
+    Args:
+        model: The model.
+        folder: Where to; made if need be.
+
+    Raises:
+        ValueError: No published format can express the model.
+    """
+    layout = Layout.of_model(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {layout.published(name): weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    frequencies = 10000 ** (-torch.arange(0, model.cfg.d_head, 2).float() / model.cfg.d_head)
+    for layer in range(model.cfg.n_layers):  # the authors' code refuses a file without them
+        state[f"transformer.h.{layer}.attn.rotary.inv_freq"] = frequencies.clone()
+    config = {**model.source, **layout.config(model)}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        (Path(temporary) / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(state, Path(temporary) / "model.safetensors", {"format": "pt"})
+        if model.tokenizer is not None:
+            model.tokenizer.save(str(Path(temporary) / "tokenizer.json"))
+        for file in sorted(Path(temporary).iterdir()):
+            os.replace(file, folder / file.name)
+
+
+# -- where files come from --------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """A folder or a Hub repository; finds files by name."""
+
+    def __init__(self, name: str, folder: Path | None, revision: str | None):
+        self.name, self.folder, self.revision = name, folder, revision
+
+    @classmethod
+    def find(cls, name: str | os.PathLike[str], revision: str | None) -> "_Source":
+        if name == EMBEDDED:
+            return cls(EMBEDDED, assets(), None)
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return cls(str(name), folder, None)
+        if folder.exists():
+            raise FileNotFoundError(f"{name} is a file; give the folder that holds config.json and model.safetensors")
+        local = not isinstance(name, str) or name.startswith((".", "/", "~")) or name.count("/") > 1
+        if local or name.count("/") == 0:
+            near = get_close_matches(str(name), [EMBEDDED, *(p.rsplit("/")[-1] for p in PUBLISHED)], n=1, cutoff=0.6)
+            full = [p for p in (EMBEDDED, *PUBLISHED) if near and p.rsplit("/")[-1] == near[0]]
+            hint = f"; did you mean {full[0]!r}?" if full else ""
+            raise FileNotFoundError(
+                f"no folder {str(name)!r}, and a Hub repository is named owner/name (the embedded model is "
+                f"{EMBEDDED!r}){hint}"
+            )
+        return cls(name, None, revision)
+
+    def file(self, filename: str) -> Path:
+        """Return a file's path, downloaded if need be; raise if there is none."""
+        path = self.optional(filename)
+        if path is None:
+            there = ", ".join(sorted(p.name for p in self.folder.iterdir())) if self.folder else "other files"
+            pickled = "pytorch_model.bin" in there or ".pt" in there or self._has_pickle()
+            hint = ": its weights are pickled, and bilens reads safetensors only" if pickled else ""
+            raise FileNotFoundError(f"{self.name} has no {filename}{hint} (it has {there or 'nothing'})")
+        return path
+
+    def _has_pickle(self) -> bool:
+        return self.folder is None and self.optional("pytorch_model.bin") is not None
+
+    def optional(self, filename: str) -> Path | None:
+        """Return a file's path, or None if the folder or repository does not have it."""
+        if self.folder is not None:
+            path = self.folder / filename
+            return path if path.is_file() else None
+        try:
+            return Path(huggingface_hub.hf_hub_download(self.name, filename, revision=self.revision))
+        except GatedRepoError as error:
+            raise FileNotFoundError(
+                f"{self.name} on the Hub is gated: accept its terms and log in (hf auth login)"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.name!r} is neither a folder here nor a repository on the Hub (or a private one, without a "
+                f"login){self._near_names()}"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise FileNotFoundError(f"{self.name} on the Hub has no revision {self.revision!r}") from error
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{filename} of {self.name} is not in the local cache and the Hub cannot be reached (offline mode, "
+                f"HF_HUB_OFFLINE, or no connection); load it once online, or load a folder"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise FileNotFoundError(f"{self.name!r} is neither a folder here nor a valid Hub name: {error}") from error
+
+    def _near_names(self) -> str:
+        """Return a hint with the repository names of the same owner nearest to the one that does not exist."""
+        owner = self.name.split("/")[0]
+        try:
+            names = [model.id for model in huggingface_hub.HfApi().list_models(author=owner, limit=1000)]
+        except (HfHubHTTPError, OSError):  # a hint only: the error above it is raised anyway
+            names = []
+        near = get_close_matches(self.name, {*names, *PUBLISHED}, n=3, cutoff=0.5)
+        return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} must be a JSON object, but does not parse: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must be a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_tensors(source: _Source, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, Path]]:
+    """Read every tensor and the file it came from, checked to be finite floating point."""
+    index = source.optional("model.safetensors.index.json")
+    if index is None:
+        shards = [source.file("model.safetensors")]
+    else:
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+        ):
+            raise CheckpointError(f"{index} must map tensor names to file names beside it in its weight_map")
+        shards = [source.file(shard) for shard in sorted(set(weight_map.values()))]
+    return {name: (tensor, shard) for shard in shards for name, tensor in read_safetensors(shard, dtype)}
+
+
+def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a safetensors file one by one, memory-mapped.
+
+    Args:
+        path: The file.
+        dtype: What to convert to; if `None` half precision becomes float32 and the rest stays.
+
+    Raises:
+        CheckpointError: Not a safetensors file, a tensor that is not floating point, or a value that is not finite.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensor = _finite(file.get_tensor(name), name, path)
+                half = tensor.dtype in (torch.float16, torch.bfloat16)
+                yield name, tensor.to(dtype or (torch.float32 if half else tensor.dtype))
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            head = file.read(4)
+        pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        what = "is a pickle under another name; bilens reads safetensors only" if pickled else f"is damaged: {error}"
+        raise CheckpointError(f"{path} must be a safetensors file, but {what} (first bytes {head!r})") from error
+
+
+def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name} must be floating point, got {tensor.dtype}")
+    if not (good := tensor.isfinite()).all():
+        first = (~good).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{path}: tensor {name} must be finite, but {(~good).sum()} of {tensor.numel()} values are not; the first "
+            f"is {tensor[tuple(first)].item()} at {first}"
+        )
+    return tensor
+
+
+def _find_tokenizer(
+    source: _Source, config: Mapping[str, Any], given: str | os.PathLike[str] | None
+) -> Tokenizer | None:
+    """Return the tokenizer that was asked for, else the checkpoint's own, else (on the Hub) the one its config names."""
+    if given is not None:
+        path = Path(given)
+        return read_tokenizer(path if path.is_file() else _Source.find(given, None).file("tokenizer.json"))
+    own = source.optional("tokenizer.json")
+    if own is not None:
+        return read_tokenizer(own)
+    if source.folder is not None:
+        return None
+    named = TOKENIZERS.get(config.get("tokenizer") or "")
+    if named is None and "n_vocab" in config:
+        named = f"tdooms/TinyStories-{config['n_vocab']}"
+    if named is not None:
+        try:
+            return read_tokenizer(_Source(named, None, None).file("tokenizer.json"))
+        except FileNotFoundError as error:
+            reason = str(error)
+    else:
+        reason = f"its config names no tokenizer that is known here ({config.get('tokenizer')!r})"
+    warnings.warn(f"{source.name} was loaded without a tokenizer: {reason}; pass tokenizer= for one", stacklevel=3)
+    return None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`; a WordPiece one without a decoder, as published, gets the usual decoder."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"{path} must be a tokenizers file, but does not parse: {error}") from error
+    if tokenizer.decoder is None and isinstance(tokenizer.model, models.WordPiece):
+        tokenizer.decoder = decoders.WordPiece()
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+# -- the published formats --------------------------------------------------------------------------------------------
+
+
+class Layout:
+    """One generation of the published format: what its config keys mean and how it names its tensors.
+
+    `"2025"` is that of the ts-* and fw-* models (2410.08417), `"2024-06"` that of 2406.03947, `"2024-05"` its
+    predecessor. They differ in the config keys, in the name of the down projection and in the norms.
+    """
+
+    def __init__(self, generation: str):
+        self.generation = generation
+        self.down = "p" if generation == "2025" else "o"
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> "Layout":
+        """Tell the generation by the keys that only it has."""
+        if "mlp" in config or "norm_bias" in config:
+            return cls("2024-05")
+        return cls("2024-06" if "n_vocab" in config else "2025")
+
+    @classmethod
+    def of_model(cls, model: "BilinearTransformer") -> "Layout":
+        """Choose the generation to write: the model's own, for a new model the newest that can express it."""
+        generations = (
+            [cls.of_config(model.source)] if model.source else [cls(g) for g in ("2025", "2024-06", "2024-05")]
+        )
+        for layout in generations:
+            if layout._expresses(model.cfg):
+                return layout
+        raise ValueError(f"no published format can express this model: {model.cfg}")
+
+    def _expresses(self, cfg: "BilinearConfig") -> bool:
+        return self.shape(self._keys(cfg), cfg.d_vocab, Path("config.json")) == cfg
+
+    def published(self, name: str) -> str:
+        """Translate a parameter's name in the model into the published one."""
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            rest = rest.replace("ln1.", "n1.norm.").replace("ln2.", "n2.norm.").replace("mlp.p.", f"mlp.{self.down}.")
+            return f"transformer.h.{layer}.{rest}"
+        top = {"embed.weight": "transformer.wte.weight", "unembed.weight": "lm_head.weight"}
+        return top.get(name, name.replace("ln_final.", "transformer.n_f.norm."))
+
+    def config(self, model: "BilinearTransformer") -> dict[str, Any]:
+        """Return the config keys that say what the model is."""
+        dtype = str(model.W_E.dtype).removeprefix("torch.")
+        return {"architectures": ["Transformer"], "dtype": dtype, **self._keys(model.cfg)}
+
+    def _keys(self, cfg: "BilinearConfig") -> dict[str, Any]:
+        keys: dict[str, Any] = {
+            "n_layer": cfg.n_layers,
+            "n_head": cfg.n_heads,
+            "n_ctx": cfg.n_ctx,
+            "d_model": cfg.d_model,
+            "d_hidden": cfg.d_hidden,
+        }
+        act = None if cfg.act == "identity" else cfg.act
+        if self.generation == "2025":
+            scaled = cfg.attn_scale != 1
+            keys |= {"bilinear": cfg.mlp != "plain", "gate": act, "bias": cfg.mlp_bias[0]}
+            keys |= {"normalization": cfg.norm != "none", "scale_attn": scaled}
+            return keys | {"attention2": cfg.attention == "bilinear"}
+        keys["n_vocab"] = cfg.d_vocab
+        if self.generation == "2024-06":
+            return keys | {
+                "bilinear": cfg.mlp != "plain",
+                "gate": act is not None,
+                "bias": cfg.mlp_bias[0],
+                "normalization": cfg.norm != "none",
+            }
+        names = {"bilinear": "blp", "gated": "glp", "plain": "mlp"}
+        return keys | {
+            "mlp": names[cfg.mlp],
+            "normalization": None if cfg.norm == "none" else "rms",
+            "norm_bias": "shift" in cfg.norm,
+            "mlp_bias": cfg.mlp_bias[0],
+        }
+
+    def shape(self, config: Mapping[str, Any], d_vocab: int, path: Path) -> "BilinearConfig":
+        """Read the model's shape off a config.
+
+        Args:
+            config: The published keys.
+            d_vocab: Rows of the embedding, which decide the vocabulary.
+            path: The file, for error messages.
+        """
+        from .transformer import BilinearConfig
+
+        read = _Keys(config, path)
+        fields: dict[str, Any] = {ours: read.size(theirs) for ours, theirs in SIZES.items()}
+        if self.generation == "2024-05":
+            mlps = {"blp": ("bilinear", None), "glp": ("gated", "gelu"), "mlp": ("plain", "gelu")}
+            fields["mlp"], fields["act"] = read.one_of("mlp", mlps)
+            fields["mlp_bias"] = (read.flag("mlp_bias", False) or fields["mlp"] == "plain", False)
+            gained = "rms_gain_shift" if read.flag("norm_bias", False) else "rms_gain"
+            fields["norm"] = read.one_of("normalization", {"rms": gained, None: "none"}, "rms")
+        else:
+            gates = {None: None, False: None, True: "relu", "relu": "relu", "silu": "silu", "gelu": "gelu"}
+            gate = read.one_of("gate", gates, None)
+            bilinear = read.flag("bilinear", True)
+            fields["mlp"] = ("bilinear" if gate is None else "gated") if bilinear else "plain"
+            fields["act"] = gate if bilinear else gate or "identity"
+            fields["mlp_bias"] = (read.flag("bias", False),) * 2
+            rms = "rms" if self.generation == "2025" else "rms_gain_shift"
+            fields["norm"] = rms if read.flag("normalization", True) else "none"
+        if self.generation == "2025":
+            scaled = read.flag("scale_attn", True)
+            fields["attn_scale"] = 1 / math.sqrt(2 * fields["n_layers"]) if scaled else 1.0
+            fields["attention"] = "bilinear" if read.flag("attention2", False) else "softmax"
+        elif read.size("n_vocab") != d_vocab:
+            raise CheckpointError(f"{path}: n_vocab is {read.size('n_vocab')}, but the embedding has {d_vocab} rows")
+        try:
+            return BilinearConfig(**fields, d_vocab=d_vocab)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+SIZES = {"n_layers": "n_layer", "n_heads": "n_head", "n_ctx": "n_ctx", "d_model": "d_model", "d_hidden": "d_hidden"}
+READ = {*SIZES.values(), "n_vocab", "mlp", "normalization", "norm_bias", "mlp_bias", "bilinear", "gate", "bias"} | {
+    *("scale_attn", "attention2", "tokenizer", "vocab_size")
+}
+
+
+class _Keys:
+    """Typed access to a config, with errors that name the file and the key."""
+
+    def __init__(self, config: Mapping[str, Any], path: Path):
+        self.config, self.path = config, path
+
+    def size(self, key: str) -> int:
+        value = self.config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.path}: {key} must be a positive integer, got {value!r}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self.one_of(key, {True: True, False: False}, default)
+
+    def one_of(self, key: str, allowed: Mapping[Any, Any], default: Any = ...) -> Any:
+        value = self.config.get(key, default)
+        for choice, meaning in allowed.items():
+            if value == choice and type(value) is type(choice):
+                return meaning
+        choices = ", ".join(repr(choice) for choice in allowed)
+        got = "nothing" if value is ... else repr(value)
+        raise CheckpointError(f"{self.path}: {key} must be one of {choices}, got {got}")
+
+
+def _build(
+    config: dict[str, Any], tensors: dict[str, tuple[Tensor, Path]], config_file: Path, dtype: torch.dtype | None
+) -> "BilinearTransformer":
+    """Build the model that the config describes and fill it with the tensors; both must agree entirely."""
+    from .transformer import BilinearTransformer
+
+    layout = Layout.of_config(config)
+    embedding = tensors.get("transformer.wte.weight")
+    if embedding is None or embedding[0].ndim != 2:
+        got = "missing" if embedding is None else f"of shape {list(embedding[0].shape)}"
+        raise CheckpointError(
+            f"{config_file.parent}: tensor transformer.wte.weight must be [vocab, d_model], but is {got}"
+        )
+    cfg = layout.shape(config, len(embedding[0]), config_file)
+    with torch.device("meta"):
+        model = BilinearTransformer(cfg, source=config)
+    state = {}
+    for name, parameter in model.state_dict().items():
+        published = layout.published(name)
+        if published not in tensors:
+            near = get_close_matches(published, tensors, n=1)
+            hint = f"; it has {near[0]}" if near else ""
+            raise CheckpointError(
+                f"{embedding[1]}: tensor {published} of shape {list(parameter.shape)} is missing, though "
+                f"{config_file.name} asks for it{hint}"
+            )
+        state[name], path = tensors[published]
+        if state[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: tensor {published} must have shape {list(parameter.shape)} by {config_file.name}, got "
+                f"{list(state[name].shape)}"
+            )
+    _refuse_leftovers(tensors, {layout.published(name) for name in state}, cfg, config_file)
+    model.load_state_dict(state, assign=True)
+    model.ignored_keys = tuple(sorted(set(config) - READ - UNREAD))
+    return model
+
+
+def _refuse_leftovers(tensors: dict, used: set[str], cfg: "BilinearConfig", config_file: Path) -> None:
+    """Raise if the file holds tensors that the config does not account for; check rotary frequencies if stored."""
+    for name, (tensor, path) in tensors.items():
+        if name.endswith("rotary.inv_freq"):
+            expected = 10000 ** (-torch.arange(0, cfg.d_head, 2).float() / cfg.d_head)
+            if tensor.shape != expected.shape or not torch.allclose(tensor.float(), expected, rtol=0.01):
+                raise CheckpointError(
+                    f"{path}: tensor {name} must hold the {len(expected)} rotary frequencies 10000^(-2i/{cfg.d_head}) "
+                    f"that n_head={cfg.n_heads} in {config_file.name} asks for, got {list(tensor.shape)} starting "
+                    f"{tensor.flatten()[:3].tolist()}"
+                )
+        elif name not in used:
+            raise CheckpointError(
+                f"{path}: tensor {name} of shape {list(tensor.shape)} has no place in the model that "
+                f"{config_file.name} describes ({cfg.n_layers} layers, mlp {cfg.mlp}, mlp_bias {cfg.mlp_bias}, "
+                f"norm {cfg.norm})"
+            )
