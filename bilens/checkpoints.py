@@ -16,7 +16,6 @@ import torch
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -71,7 +70,7 @@ def load(
             repository such as `"tdooms/ts-medium"` (the papers' ts-tiny).
         revision: Branch, tag or commit of the Hub repository.
         device: Where to put the weights; the CPU if `None`.
-        dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, and fast on CPUs).
+        dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, fast on CPUs).
         tokenizer: A `tokenizer.json`, a folder or a Hub repository that holds one. If `None`: the checkpoint's own, for
             a Hub repository else the one that its config names.
 
@@ -83,14 +82,17 @@ def load(
             while offline.
         CheckpointError: A missing, misshapen or non-finite tensor, a config that contradicts the tensors, a pickle
             instead of safetensors; says which file and tensor, what was expected and what was found.
+        ValueError: An empty name, a `dtype` that is not floating point, a `revision` of what is not a Hub repository.
     """
     if not str(name):
         raise ValueError(f"name must be {EMBEDDED!r}, a folder or a Hub repository, got an empty string")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(sorted(map(str, DTYPES)))}, got {dtype}")
     source = _Source.find(name, revision)
     config_file = source.file("config.json")
     config = _read_json(config_file)
     tensors = _read_tensors(source, dtype)
-    model = _build(config, tensors, config_file, dtype)
+    model = _build(config, tensors, config_file)
     model.tokenizer = _find_tokenizer(source, config, tokenizer)
     if model.tokenizer is not None and model.tokenizer.get_vocab_size() > model.cfg.d_vocab:
         raise CheckpointError(
@@ -104,30 +106,39 @@ def save(model: "BilinearTransformer", folder: str | os.PathLike[str]) -> None:
     """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, `tokenizer.json`.
 
     The format is that of the generation the model came from, unknown config keys included; a new model gets the newest.
-    Loading it again is bit-identical. Each file is replaced atomically, nothing outside `folder` is touched.
+    Loading it again is bit-identical. Each file is replaced atomically, nothing outside `folder` is touched; the
+    `tokenizer.json` of an earlier model goes if this one has none.
 
     Args:
         model: The model.
         folder: Where to; made if need be.
 
     Raises:
-        ValueError: No published format can express the model.
+        ValueError: No published format can express the model, or a weight is not finite; nothing was written.
     """
     layout = Layout.of_model(model)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {layout.published(name): weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    state = {  # clones: a safetensors file cannot hold weights that share memory, such as tied embeddings
+        layout.published(name): _finite(weight, name, folder).cpu().clone(memory_format=torch.contiguous_format)
+        for name, weight in model.state_dict().items()
+    }
     frequencies = 10000 ** (-torch.arange(0, model.cfg.d_head, 2).float() / model.cfg.d_head)
     for layer in range(model.cfg.n_layers):  # the authors' code refuses a file without them
         state[f"transformer.h.{layer}.attn.rotary.inv_freq"] = frequencies.clone()
     config = {**model.source, **layout.config(model)}
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        (Path(temporary) / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(state, Path(temporary) / "model.safetensors", {"format": "pt"})
+        written = Path(temporary)
+        (written / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(state, written / "model.safetensors", {"format": "pt"})
         if model.tokenizer is not None:
-            model.tokenizer.save(str(Path(temporary) / "tokenizer.json"))
-        for file in sorted(Path(temporary).iterdir()):
+            model.tokenizer.save(str(written / "tokenizer.json"))
+        mode = (written / "config.json").stat().st_mode
+        for file in sorted(written.iterdir()):
+            file.chmod(mode)  # safetensors writes files that only their owner can read
             os.replace(file, folder / file.name)
+    if model.tokenizer is None:
+        (folder / "tokenizer.json").unlink(missing_ok=True)
 
 
 # -- where files come from --------------------------------------------------------------------------------------------
@@ -138,13 +149,14 @@ class _Source:
 
     def __init__(self, name: str, folder: Path | None, revision: str | None):
         self.name, self.folder, self.revision = name, folder, revision
+        self.commit: str | None = None  # on the Hub: where the first file came from, so that all are of one state
 
     @classmethod
     def find(cls, name: str | os.PathLike[str], revision: str | None) -> "_Source":
-        if name == EMBEDDED:
-            return cls(EMBEDDED, assets(), None)
-        folder = Path(name).expanduser()
-        if folder.is_dir():
+        folder = assets() if name == EMBEDDED else Path(name).expanduser()
+        if folder.is_dir() or name == EMBEDDED:
+            if revision is not None:
+                raise ValueError(f"revision goes with a Hub repository, and {name} is a folder; got {revision!r}")
             return cls(str(name), folder, None)
         if folder.exists():
             raise FileNotFoundError(f"{name} is a file; give the folder that holds config.json and model.safetensors")
@@ -163,22 +175,24 @@ class _Source:
         """Return a file's path, downloaded if need be; raise if there is none."""
         path = self.optional(filename)
         if path is None:
-            there = ", ".join(sorted(p.name for p in self.folder.iterdir())) if self.folder else "other files"
-            pickled = "pytorch_model.bin" in there or ".pt" in there or self._has_pickle()
-            hint = ": its weights are pickled, and bilens reads safetensors only" if pickled else ""
-            raise FileNotFoundError(f"{self.name} has no {filename}{hint} (it has {there or 'nothing'})")
+            pickle = self.optional("pytorch_model.bin") if filename.endswith(".safetensors") else None
+            hint = ", only pytorch_model.bin: a pickle, and bilens reads safetensors only" if pickle else ""
+            there = "" if self.folder is None else ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
+            raise FileNotFoundError(f"{self.name} has no {filename}{hint}{there and f' (it has {there})'}")
         return path
-
-    def _has_pickle(self) -> bool:
-        return self.folder is None and self.optional("pytorch_model.bin") is not None
 
     def optional(self, filename: str) -> Path | None:
         """Return a file's path, or None if the folder or repository does not have it."""
         if self.folder is not None:
             path = self.folder / filename
             return path if path.is_file() else None
+        known = self.commit and huggingface_hub.try_to_load_from_cache(self.name, filename, revision=self.commit)
+        if known is not None and not isinstance(known, str):
+            return None  # the cache remembers that this commit does not have it; the Hub need not be asked again
         try:
-            return Path(huggingface_hub.hf_hub_download(self.name, filename, revision=self.revision))
+            path = Path(huggingface_hub.hf_hub_download(self.name, filename, revision=self.commit or self.revision))
+            self.commit = path.parent.name
+            return path
         except GatedRepoError as error:
             raise FileNotFoundError(
                 f"{self.name} on the Hub is gated: accept its terms and log in (hf auth login)"
@@ -205,9 +219,9 @@ class _Source:
         owner = self.name.split("/")[0]
         try:
             names = [model.id for model in huggingface_hub.HfApi().list_models(author=owner, limit=1000)]
-        except (HfHubHTTPError, OSError):  # a hint only: the error above it is raised anyway
+        except Exception:  # whatever it is, this was to be a hint in an error that is raised anyway
             names = []
-        near = get_close_matches(self.name, {*names, *PUBLISHED}, n=3, cutoff=0.5)
+        near = get_close_matches(self.name, sorted({*names, *PUBLISHED}), n=3, cutoff=0.5)
         return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -223,17 +237,26 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tensors(source: _Source, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, Path]]:
     """Read every tensor and the file it came from, checked to be finite floating point."""
-    index = source.optional("model.safetensors.index.json")
+    whole = source.optional("model.safetensors")
+    index = None if whole else source.optional("model.safetensors.index.json")
     if index is None:
-        shards = [source.file("model.safetensors")]
+        shards = [whole or source.file("model.safetensors")]
     else:
         weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
-        ):
-            raise CheckpointError(f"{index} must map tensor names to file names beside it in its weight_map")
-        shards = [source.file(shard) for shard in sorted(set(weight_map.values()))]
-    return {name: (tensor, shard) for shard in shards for name, tensor in read_safetensors(shard, dtype)}
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        for shard in named:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(
+                    f"{index}: weight_map must map tensors to names of files beside it, got {shard!r}"
+                )
+        shards = [source.file(shard) for shard in sorted(set(named))]
+    tensors: dict[str, tuple[Tensor, Path]] = {}
+    for shard in shards:
+        for name, tensor in read_safetensors(shard, dtype):
+            if name in tensors:
+                raise CheckpointError(f"{shard}: tensor {name} must be in one file only, but {tensors[name][1]} has it")
+            tensors[name] = tensor, shard
+    return tensors
 
 
 def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -249,9 +272,11 @@ def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[t
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                tensor = _finite(file.get_tensor(name), name, path)
+                tensor = file.get_tensor(name)
+                if tensor.dtype not in DTYPES:
+                    raise CheckpointError(f"{path}: tensor {name} must be floating point, got {tensor.dtype}")
                 half = tensor.dtype in (torch.float16, torch.bfloat16)
-                yield name, tensor.to(dtype or (torch.float32 if half else tensor.dtype))
+                yield name, _finite(tensor.to(dtype or (torch.float32 if half else tensor.dtype)), name, path)
     except SafetensorError as error:
         with open(path, "rb") as file:
             head = file.read(4)
@@ -261,13 +286,11 @@ def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[t
 
 
 def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} must be floating point, got {tensor.dtype}")
     if not (good := tensor.isfinite()).all():
         first = (~good).nonzero()[0].tolist()
         raise CheckpointError(
-            f"{path}: tensor {name} must be finite, but {(~good).sum()} of {tensor.numel()} values are not; the first "
-            f"is {tensor[tuple(first)].item()} at {first}"
+            f"{path}: tensor {name} must be finite in {tensor.dtype}, but {(~good).sum()} of {tensor.numel()} values "
+            f"are not; the first is {tensor[tuple(first)].item()} at {first}"
         )
     return tensor
 
@@ -275,7 +298,7 @@ def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
 def _find_tokenizer(
     source: _Source, config: Mapping[str, Any], given: str | os.PathLike[str] | None
 ) -> Tokenizer | None:
-    """Return the tokenizer that was asked for, else the checkpoint's own, else (on the Hub) the one its config names."""
+    """Return the tokenizer asked for, else the checkpoint's own, else (on the Hub) the one that its config names."""
     if given is not None:
         path = Path(given)
         return read_tokenizer(path if path.is_file() else _Source.find(given, None).file("tokenizer.json"))
@@ -284,7 +307,7 @@ def _find_tokenizer(
         return read_tokenizer(own)
     if source.folder is not None:
         return None
-    named = TOKENIZERS.get(config.get("tokenizer") or "")
+    named = TOKENIZERS.get(str(config.get("tokenizer")))
     if named is None and "n_vocab" in config:
         named = f"tdooms/TinyStories-{config['n_vocab']}"
     if named is not None:
@@ -344,7 +367,10 @@ class Layout:
         raise ValueError(f"no published format can express this model: {model.cfg}")
 
     def _expresses(self, cfg: "BilinearConfig") -> bool:
-        return self.shape(self._keys(cfg), cfg.d_vocab, Path("config.json")) == cfg
+        try:
+            return self.shape(self._keys(cfg), cfg.d_vocab, Path("config.json")) == cfg
+        except CheckpointError:  # an activation that no published model has
+            return False
 
     def published(self, name: str) -> str:
         """Translate a parameter's name in the model into the published one."""
@@ -444,7 +470,8 @@ class _Keys:
     def size(self, key: str) -> int:
         value = self.config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.path}: {key} must be a positive integer, got {value!r}")
+            got = repr(value) if key in self.config else "nothing"
+            raise CheckpointError(f"{self.path}: {key} must be a positive integer, got {got}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -460,33 +487,23 @@ class _Keys:
         raise CheckpointError(f"{self.path}: {key} must be one of {choices}, got {got}")
 
 
-def _build(
-    config: dict[str, Any], tensors: dict[str, tuple[Tensor, Path]], config_file: Path, dtype: torch.dtype | None
-) -> "BilinearTransformer":
+def _build(config: dict[str, Any], tensors: dict[str, tuple[Tensor, Path]], config_file: Path) -> "BilinearTransformer":
     """Build the model that the config describes and fill it with the tensors; both must agree entirely."""
     from .transformer import BilinearTransformer
 
     layout = Layout.of_config(config)
-    embedding = tensors.get("transformer.wte.weight")
-    if embedding is None or embedding[0].ndim != 2:
-        got = "missing" if embedding is None else f"of shape {list(embedding[0].shape)}"
+    embedding, path = _take("transformer.wte.weight", "[vocab, d_model]", tensors, config_file)
+    if embedding.ndim != 2:
         raise CheckpointError(
-            f"{config_file.parent}: tensor transformer.wte.weight must be [vocab, d_model], but is {got}"
+            f"{path}: tensor transformer.wte.weight must have shape [vocab, d_model], got {list(embedding.shape)}"
         )
-    cfg = layout.shape(config, len(embedding[0]), config_file)
+    cfg = layout.shape(config, len(embedding), config_file)
     with torch.device("meta"):
         model = BilinearTransformer(cfg, source=config)
     state = {}
     for name, parameter in model.state_dict().items():
         published = layout.published(name)
-        if published not in tensors:
-            near = get_close_matches(published, tensors, n=1)
-            hint = f"; it has {near[0]}" if near else ""
-            raise CheckpointError(
-                f"{embedding[1]}: tensor {published} of shape {list(parameter.shape)} is missing, though "
-                f"{config_file.name} asks for it{hint}"
-            )
-        state[name], path = tensors[published]
+        state[name], path = _take(published, str(list(parameter.shape)), tensors, config_file)
         if state[name].shape != parameter.shape:
             raise CheckpointError(
                 f"{path}: tensor {published} must have shape {list(parameter.shape)} by {config_file.name}, got "
@@ -496,6 +513,18 @@ def _build(
     model.load_state_dict(state, assign=True)
     model.ignored_keys = tuple(sorted(set(config) - READ - UNREAD))
     return model
+
+
+def _take(name: str, shape: str, tensors: Mapping[str, tuple[Tensor, Path]], config_file: Path) -> tuple[Tensor, Path]:
+    """Return a tensor and its file, or raise because there is none of that name."""
+    if name in tensors:
+        return tensors[name]
+    looked = sorted({str(path) for _, path in tensors.values()}) or [str(config_file.parent)]
+    near = get_close_matches(name, tensors, n=1)
+    hint = f"; it has {near[0]}" if near else ""
+    raise CheckpointError(
+        f"{', '.join(looked)}: tensor {name} of shape {shape} is missing, though {config_file.name} asks for it{hint}"
+    )
 
 
 def _refuse_leftovers(tensors: dict, used: set[str], cfg: "BilinearConfig", config_file: Path) -> None:

@@ -49,17 +49,22 @@ def top_interactions(
         `out`, `left <= right`, `value`. If `B` has a constant leg, index `n_in` stands for it. Half precision is
         computed in float32.
 
+    Raises:
+        ValueError: `k` below 1, a basis of another width, or an interaction that is NaN or infinite.
+
     Cost: `n_in · inp · (n_in + inp)` products per output feature, beside `hidden · inp²` for its matrix; memory of a
     few times `max(64 MiB, n_in²)` beyond the result, whatever `n_out`.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    if out is not None and (out.ndim != 2 or out.shape[1] != B.out):
+        raise ValueError(f"out must have shape [n_out, {B.out}], got {list(out.shape)}")
     dtype = torch.promote_types(B.down.dtype, torch.float32)
     B = B.to(dtype)
     readers = torch.eye(B.out, dtype=dtype, device=B.down.device) if out is None else out.to(dtype)
     writers = None if inp is None else _with_constant(inp.to(dtype), B)
     n_in = B.inp if writers is None else len(writers)
-    n_at_once = max(1, BLOCK_BYTES // (n_in**2 * dtype.itemsize))
+    n_at_once = max(1, BLOCK_BYTES // max(1, n_in**2 * dtype.itemsize))
     best = Interactions(*(readers.new_empty(0, dtype=torch.long) for _ in range(3)), readers.new_empty(0))
     for start in range(0, len(readers), n_at_once):
         matrices = B.matrix(readers[start : start + n_at_once])
@@ -78,19 +83,22 @@ def _with_constant(writers: Tensor, B: BilinearTensor) -> Tensor:
 
 
 def _strongest(matrices: Float[Tensor, "n inp inp"], first: int, k: int, best: Interactions) -> Interactions:
-    """Return the pairs of a block of matrices that can still be among the k strongest."""
-    n_in = matrices.shape[-1]
-    upper = matrices.mul_(2).triu_()
-    upper.diagonal(dim1=1, dim2=2).div_(2)
-    strength = upper.abs()
-    pairs = torch.ones(n_in, n_in, dtype=torch.bool, device=upper.device).triu()
-    threshold = best.value[-1].abs() if len(best.value) == k else None
-    if threshold is None and pairs.sum() * len(matrices) > k:
-        flat = strength.masked_fill_(~pairs, -1).flatten()
-        threshold = flat.topk(k).values[-1]
-    kept = (strength >= threshold) & pairs if threshold is not None else pairs.expand_as(strength)
-    out, left, right = kept.nonzero(as_tuple=True)
-    return Interactions(out + first, left, right, upper[out, left, right])
+    """Return the pairs of a block of matrices that can still be among the k strongest; overwrites the matrices."""
+    matrices.diagonal(dim1=1, dim2=2).div_(2)  # now twice an entry is its coefficient, on the diagonal and off
+    low, high = matrices.aminmax() if matrices.numel() else (matrices.new_zeros(()),) * 2
+    if not (low.isfinite() and high.isfinite()):  # NaN is neither stronger nor weaker than a number: it would be lost
+        raise ValueError("B, out and inp must be finite, but some interactions are NaN or infinite")
+    threshold = matrices.new_zeros(())
+    if len(best.value) == k:
+        threshold = best.value[-1].abs() / 2
+    elif matrices.numel() > 2 * k:
+        threshold = matrices.triu().abs_().flatten().topk(k).values[-1]
+    if torch.maximum(-low, high) < threshold:
+        return Interactions(*(part[:0] for part in best))
+    out, left, right = ((matrices >= threshold) | (matrices <= -threshold)).nonzero(as_tuple=True)
+    upper = left <= right
+    out, left, right = out[upper], left[upper], right[upper]
+    return Interactions(out + first, left, right, 2 * matrices[out, left, right])
 
 
 def _merge(one: Interactions, other: Interactions, k: int) -> Interactions:

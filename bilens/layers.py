@@ -18,7 +18,8 @@ from transformer_lens.hook_points import HookPoint
 from .tensor import BilinearTensor
 
 Rotary = tuple[Float[Tensor, "batch seq half"], Float[Tensor, "batch seq half"]]
-KeyValue = tuple[Float[Tensor, "batch past head d_head"], Float[Tensor, "batch past head d_head"]]
+# Keys are twice as wide as values in bilinear attention; more positions go out than came in.
+KeyValue = tuple[Float[Tensor, "batch _past head _width"], Float[Tensor, "batch _past head d_head"]]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, repr=False, eq=False)
 class BilinearTensor:
-    """A bilinear map in factors, `B[o,i,j] = Σ_h down[o,h] · left[h,i] · right[h,j]`, acting as `Σ_ij B[o,i,j] x_i x_j`.
+    """A bilinear map in factors, `B[o,i,j] = Σ_h down[o,h] left[h,i] right[h,j]`, acting as `Σ_ij B[o,i,j] x_i x_j`.
 
     Source: 2410.08417, section 3. Only the part symmetric in (i, j) acts on `x`, so the symmetric part is the object:
     every matrix, norm and dense cube below is symmetrised. Axes are always (out, inp, inp). Every operation returns the
@@ -145,6 +145,10 @@ class BilinearTensor:
         for name, basis, size in (("out", out, self.out), ("inp", inp, width)):
             if basis is not None and (basis.ndim != 2 or basis.shape[1] != size):
                 raise ValueError(f"{name} must have shape [n, {size}], got {list(basis.shape)}")
+        n_out = self.out if out is None else len(out)
+        for name, bias, size in (("out_bias", out_bias, n_out), ("inp_bias", inp_bias, width)):
+            if bias is not None and bias.shape != (size,):
+                raise ValueError(f"{name} must have shape [{size}], got {list(bias.shape)}")
         down = self.down if out is None else out @ self.down
         left, left_bias = _change_input(self.left, inp, inp_bias, self.constant)
         right, right_bias = _change_input(self.right, inp, inp_bias, self.constant)

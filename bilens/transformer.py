@@ -123,6 +123,7 @@ class BilinearTransformer(HookedRootModule):
         attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch seq"] | None = None,
         loss_per_token: bool = False,
         prepend_bos: bool = True,
     ) -> Any:
@@ -137,6 +138,7 @@ class BilinearTransformer(HookedRootModule):
                 alone. Values at padding positions are finite and mean nothing.
             start_at_layer: First block to run, on a residual stream as input.
             stop_at_layer: Stop before this block (negative: from the end) and return the residual stream there.
+            tokens: With `start_at_layer`, the token ids that a loss needs.
             loss_per_token: Return the loss at each position, `[batch, seq - 1]`, zero where masked.
             prepend_bos: Whether a text starts with BOS.
 
@@ -145,8 +147,9 @@ class BilinearTransformer(HookedRootModule):
                 of a single token.
         """
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
-        tokens, mask = self._prepare(input, attention_mask, prepend_bos, start_at_layer is not None)
-        x = input if start_at_layer is not None else self.hook_embed(self.embed(tokens))
+        ids, mask = self._prepare(input, attention_mask, prepend_bos, start_at_layer is not None)
+        tokens = tokens if ids is None else ids
+        x = input if start_at_layer is not None else self.hook_embed(self.embed(ids))
         rotary, attend = self._geometry(mask, *x.shape[:2], dtype=x.dtype)
         for block in self.blocks[start:stop]:
             x, _ = block(x, rotary, attend)
@@ -158,7 +161,7 @@ class BilinearTransformer(HookedRootModule):
         if return_type == "logits":
             return logits
         if tokens is None:
-            raise ValueError('return_type "loss" needs token ids, and start_at_layer takes a residual stream')
+            raise ValueError("a loss needs token ids: with start_at_layer, give them as tokens=")
         loss = _loss(logits, tokens, mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
@@ -230,9 +233,10 @@ class BilinearTransformer(HookedRootModule):
         Raises:
             ValueError: No hook point has that name.
         """
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
         for name, _ in (*fwd_hooks, *bwd_hooks):
             self._check_hook_name(name)
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
+        with super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             yield self
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
@@ -419,10 +423,10 @@ class BilinearTransformer(HookedRootModule):
     @torch.no_grad()
     def generate(
         self,
-        input: Text | Int[Tensor, "batch seq"] = "",
+        input: Text | Int[Tensor, "batch seq"] | Int[Tensor, " seq"] = "",
         max_new_tokens: int = 40,
         *,
-        temperature: float = 1.0,
+        temperature: int | float = 1.0,
         top_k: int | None = None,
         attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
         fwd_hooks: Iterable[tuple[str | Callable[[str], bool], Callable]] = (),
@@ -469,8 +473,8 @@ class BilinearTransformer(HookedRootModule):
             tokens, mask = self._encode(input, prepend_bos, "left", truncate=False)
         if tokens.shape[1] + max_new_tokens > self.cfg.n_ctx:
             raise ValueError(
-                f"max_new_tokens={max_new_tokens} on top of a prompt of {tokens.shape[1]} tokens exceeds the context of "
-                f"{self.cfg.n_ctx}; ask for at most {self.cfg.n_ctx - tokens.shape[1]}"
+                f"max_new_tokens={max_new_tokens} on top of a prompt of {tokens.shape[1]} tokens exceeds the context "
+                f"of {self.cfg.n_ctx}; ask for at most {self.cfg.n_ctx - tokens.shape[1]}"
             )
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -561,7 +565,7 @@ def _first_hooked_layer(model: BilinearTransformer) -> int:
     return model.cfg.n_layers
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def _sample(logits: Tensor, temperature: int | float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -574,7 +578,8 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: to
 def _loss(logits: Tensor, tokens: Tensor, mask: Tensor | None, per_token: bool) -> Tensor:
     if tokens.shape[1] < 2:
         raise ValueError("a loss needs at least two tokens (BOS and one more), got one")
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     losses = losses.unflatten(0, tokens[:, 1:].shape)
     weight = torch.ones_like(losses) if mask is None else (mask[:, 1:] & mask[:, :-1]).to(losses)
     if per_token:

@@ -7,8 +7,9 @@ The embedded model was made by
 
 A corpus is a parquet/json/text file with a column `text`, or a dataset on the Hub (`roneneldan/TinyStories`, or
 `stanfordnlp/imdb:train+unsupervised` to name the splits). Kill it at any time: the same command resumes from the last
-checkpoint and ends in bit-identical weights. Several devices: `torchrun --nproc-per-node 8 scripts/train_language.py ...`
-or `accelerate launch scripts/train_language.py ...`.
+checkpoint and ends in bit-identical weights. Several devices: `torchrun --nproc-per-node 8 scripts/train_language.py`
+or `accelerate launch scripts/train_language.py`, then the arguments. A tokenizer.json that is in the folder
+already is used; training one anew breaks ties between rare pieces at random.
 """
 
 import argparse
@@ -215,8 +216,8 @@ def load_checkpoint(path: Path, model: BilinearTransformer, optimizers: list, fi
         metadata = file.metadata()
     if metadata["fingerprint"] != fingerprint:
         raise SystemExit(
-            f"{path} belongs to a run with other data or arguments (fingerprint {metadata['fingerprint'][:12]}, this run "
-            f"{fingerprint[:12]}): give another --out, or delete it to start over"
+            f"{path} belongs to a run with other data or arguments (fingerprint {metadata['fingerprint'][:12]}, this "
+            f"run {fingerprint[:12]}): give another --out, or delete it to start over"
         )
     tensors = load_file(path)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -314,6 +315,7 @@ def train(args: argparse.Namespace) -> None:
             log.write(done, done * args.batch * args.context, sum(recent) / len(recent), losses, seconds)
             recent = []
     if main:
+        model.to(torch.bfloat16).to(torch.float32)  # evaluate the weights as they are stored
         export(args, model, settings, {name: held_out_loss(model, *rows, 32) for name, rows in held_out.items()})
     accelerator.end_training()
 

@@ -1,0 +1,154 @@
+"""Records in, plotly figures out."""
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+INK, PAPER, GRID = "#1f2933", "#ffffff", "#e4e7eb"
+POSITIVE, NEGATIVE, NEUTRAL = "#c2410c", "#1d4ed8", "#9aa5b1"
+DIVERGING = [[0, NEGATIVE], [0.5, "#ffffff"], [1, POSITIVE]]
+
+
+def _figure(
+    *traces: go.Scatter | go.Heatmap | go.Bar, width: int = 560, height: int = 380, **layout: object
+) -> go.Figure:
+    """Return a figure in the house's look."""
+    figure = go.Figure(data=list(traces))
+    figure.update_layout(
+        width=width,
+        height=height,
+        margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        paper_bgcolor=PAPER,
+        plot_bgcolor=PAPER,
+        showlegend=False,
+        **layout,
+    )
+    figure.update_xaxes(gridcolor=GRID, zerolinecolor=NEUTRAL)
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=NEUTRAL)
+    return figure
+
+
+def spectrum(values: Float[Tensor, " k"], n_marked: int = 2) -> go.Figure:
+    """Plot eigenvalues by rank, the outliers coloured by sign (2410.08417, figures 3 and 27).
+
+    Args:
+        values: Eigenvalues, strongest |value| first, as `eigen` returns them.
+        n_marked: How many of the strongest to mark.
+    """
+    order = values.argsort(descending=True)
+    sizes = [11 if i < n_marked else 5 for i in order.tolist()]
+    colors = [(POSITIVE if values[i] > 0 else NEGATIVE) if i < n_marked else NEUTRAL for i in order.tolist()]
+    trace = go.Scatter(
+        x=list(range(1, len(values) + 1)),
+        y=values[order].tolist(),
+        mode="markers",
+        marker={"size": sizes, "color": colors},
+        hovertemplate="λ = %{y:.4f}<extra></extra>",
+    )
+    return _figure(trace, title="Spectrum", xaxis_title="rank by value", yaxis_title="eigenvalue λ")
+
+
+def interaction_matrix(matrix: Float[Tensor, "n n"], labels: Sequence[str]) -> go.Figure:
+    """Plot a symmetric matrix of interactions between named features, its diagonal the self-interactions.
+
+    Args:
+        matrix: `Q_ij` among the chosen features.
+        labels: Their names.
+    """
+    if len(labels) != len(matrix):
+        raise ValueError(f"labels must name each of the {len(matrix)} features, got {len(labels)}")
+    limit = matrix.abs().max().item() or 1.0
+    trace = go.Heatmap(
+        z=matrix.tolist(),
+        x=list(range(len(labels))),
+        y=list(range(len(labels))),
+        customdata=[[f"{a} × {b}" for b in labels] for a in labels],
+        hovertemplate="%{customdata}<br>Q = %{z:.4f}<extra></extra>",
+        colorscale=DIVERGING,
+        zmin=-limit,
+        zmax=limit,
+    )
+    figure = _figure(trace, width=640, height=520, title="Interactions of its strongest input features")
+    ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": [_short(label) for label in labels]}
+    figure.update_xaxes(tickangle=45, automargin=True, **ticks)
+    figure.update_yaxes(autorange="reversed", automargin=True, **ticks)
+    return figure
+
+
+def prediction(
+    actual: Float[Tensor, " position"], predicted: Float[Tensor, " position"], title: str, n_most: int = 2000
+) -> go.Figure:
+    """Scatter predicted against actual activations, where the feature is active (2410.08417, figure 9).
+
+    Args:
+        actual: Activation at each position, zero where inactive.
+        predicted: What the eigenvectors predict there.
+        title: Goes above.
+        n_most: Points to draw at most, evenly thinned.
+    """
+    active = (actual != 0).nonzero()[:, 0]
+    active = active[:: max(1, len(active) // n_most)]
+    trace = go.Scatter(
+        x=predicted[active].tolist(),
+        y=actual[active].tolist(),
+        mode="markers",
+        marker={"size": 5, "color": POSITIVE, "opacity": 0.5},
+        hovertemplate="predicted %{x:.3f}, actual %{y:.3f}<extra></extra>",
+    )
+    return _figure(trace, title=title, xaxis_title="Σ λᵢ (vᵢ·x)² over two eigenvectors", yaxis_title="SAE activation")
+
+
+def bars(values: Mapping[str, float], title: str, unit: str, marked: Sequence[str] = ()) -> go.Figure:
+    """Draw one bar per name.
+
+    Args:
+        values: Heights by name.
+        title: Goes above.
+        unit: What the height is.
+        marked: Names to colour.
+    """
+    colors = [POSITIVE if name in marked else NEUTRAL for name in values]
+    trace = go.Bar(
+        x=list(values),
+        y=list(values.values()),
+        marker_color=colors,
+        text=[f"{value:.2f}" for value in values.values()],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{x}: %{y:.3f}<extra></extra>",
+    )
+    return _figure(trace, title=title, yaxis_title=unit)
+
+
+def cosine_plane(points: Float[Tensor, "n 2"], labels: Sequence[str], axes: tuple[str, str]) -> go.Figure:
+    """Place input features in the plane of two eigenvectors by cosine similarity (2410.08417, figure 8B).
+
+    Args:
+        points: Cosine of each feature's decoder row with either eigenvector.
+        labels: Names of the features.
+        axes: Names of the eigenvectors.
+    """
+    trace = go.Scatter(
+        x=points[:, 0].tolist(),
+        y=points[:, 1].tolist(),
+        text=[_short(label) for label in labels],
+        mode="markers+text",
+        textposition="top center",
+        textfont={"size": 11},
+        marker={"size": 8, "color": INK},
+        customdata=list(labels),
+        hovertemplate="%{customdata}: (%{x:.2f}, %{y:.2f})<extra></extra>",
+    )
+    figure = _figure(trace, width=640, height=520, title="Its input features in the plane of the two eigenvectors")
+    limit = 1.25 * max(points.abs().max().item(), torch.finfo(points.dtype).eps)
+    figure.update_xaxes(title=f"cosine with {axes[0]}", range=[-limit, limit])
+    figure.update_yaxes(title=f"cosine with {axes[1]}", range=[-limit, limit])
+    return figure
+
+
+def _short(label: str, length: int = 26) -> str:
+    return label if len(label) <= length else label[: length - 1] + "…"

@@ -1,0 +1,89 @@
+"""Fit SAEs around every MLP of a bilinear language model, evaluate them on held-out text, store their top contexts.
+
+The embedded SAEs were made by
+
+    python scripts/fit_saes.py runs/mini/model --out runs/mini/saes \
+        --data tinystories.train.parquet movie-reviews.train.parquet
+
+Corpora as for `train_language.py`, and the same texts are held out. Kill it at any time: the same command resumes.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from train_language import is_held_out, read_corpus
+
+import bilens
+from bilens import saes
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="bilens-mini, a folder or a Hub repository")
+    parser.add_argument("--data", nargs="+", required=True, help="files with a column `text`, or Hub datasets")
+    parser.add_argument("--out", type=Path, required=True, help="folder: one subfolder per hook point")
+    parser.add_argument("--layers", type=int, nargs="+", help="which layers (default: all)")
+    parser.add_argument("--expansion", type=int, default=4)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--tokens", type=float, default=6e6, help="activations to train on")
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--texts", type=int, default=40_000, help="texts to draw the activations from")
+    parser.add_argument("--held-out-texts", type=int, default=200, help="per corpus, for the evaluation")
+    parser.add_argument("--context-texts", type=int, default=2000, help="per corpus, for the top contexts")
+    parser.add_argument("--holdout", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fit, round to bfloat16, evaluate what was rounded, store contexts."""
+    args = parse_args()
+    model = bilens.load(args.model)
+    layers = args.layers or range(model.cfg.n_layers)
+    hooks = [f"blocks.{layer}.{point}" for layer in layers for point in ("hook_mlp_in", "hook_mlp_out")]
+    corpora = {Path(name).name: read_corpus(name)[0] for name in args.data}
+    kept = {name: [t for t in texts if not is_held_out(t, args.holdout)] for name, texts in corpora.items()}
+    held_out = {name: [t for t in texts if is_held_out(t, args.holdout)] for name, texts in corpora.items()}
+    shuffled = [text for texts in kept.values() for text in texts]
+    random.Random(args.seed).shuffle(shuffled)
+    fitted = saes.fit(
+        model,
+        shuffled[: args.texts],
+        hooks,
+        folder=args.out,
+        expansion=args.expansion,
+        k=args.k,
+        tokens=int(args.tokens),
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+        autocast=True,
+    )
+    evaluation_file = args.out / "evaluation.json"
+    done = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
+    test = [text for texts in held_out.values() for text in texts[: args.held_out_texts]]
+    show = [text for texts in kept.values() for text in texts[: args.context_texts]]
+    for hook, sae in fitted.items():
+        if hook in done:
+            continue
+        saes.save(sae, args.out / hook, torch.bfloat16)
+        sae = saes.load(args.out, hook)
+        result = saes.evaluate(model, sae, test)
+        saes.contexts(model, sae, show).save(args.out / hook / "contexts.safetensors")
+        done[hook] = asdict(result) | {"recovered": result.recovered, "recovered_mean": result.recovered_mean}
+        evaluation_file.write_text(json.dumps(done, indent=1))
+        print(
+            f"{hook}: FVU {result.fvu:.3f}, L0 {result.l0:.1f}, dead {100 * result.dead:.1f} %, loss recovered "
+            f"{result.recovered:.3f} (against mean ablation {result.recovered_mean:.3f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Gather a trained model and its SAEs in one folder, with a card: data, commands, hashes, losses, curves, samples.
+
+The embedded model was packed by
+
+    python scripts/write_card.py runs/mini/model runs/mini/saes --out bilens/assets/bilens-mini
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import bilens
+
+PROMPTS = ("once upon a time", "one day , tom and his dog", "this movie is", "i did not like", "the acting was")
+
+
+def main() -> None:
+    """Copy the files and write README.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("saes", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--note", default="", help="a sentence to add on how it was trained")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "training.json"):
+        shutil.copy(args.model / file, args.out / file)
+    for sae in sorted(path.parent for path in args.saes.glob("*/cfg.json")):
+        (args.out / "saes" / sae.name).mkdir(parents=True, exist_ok=True)
+        for file in sae.iterdir():
+            shutil.copy(file, args.out / "saes" / sae.name / file.name)
+    training = json.loads((args.out / "training.json").read_text())
+    evaluation = json.loads((args.saes / "evaluation.json").read_text())
+    parts = [
+        f"# {args.out.name}",
+        _what(bilens.load(args.out).cfg),
+        _training(training, args.note),
+        _saes(evaluation),
+        _samples(bilens.load(args.out)),
+        _hashes(args.out),
+    ]
+    (args.out / "README.md").write_text("\n\n".join(parts) + "\n")
+    print(f"wrote {args.out}: {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+
+
+def _what(cfg: bilens.BilinearConfig) -> str:
+    return (
+        f"A bilinear language model of {cfg.n_layers} layers (d_model {cfg.d_model}, d_hidden {cfg.d_hidden}, "
+        f"{cfg.n_heads} heads, context {cfg.n_ctx}, vocabulary {cfg.d_vocab}) that writes short children's stories and "
+        "film reviews, in the published format of arXiv 2410.08417, with sparse autoencoders before and after every "
+        "MLP. It is small enough to ship, and meant for trying things out: it makes up facts, and repeats the opinions "
+        "and the prejudices of its texts."
+    )
+
+
+def _training(training: dict, note: str) -> str:
+    settings = training["settings"]
+    losses = "\n".join(f"| {name} | {loss:.3f} |" for name, loss in training["held-out loss"].items())
+    curve = training["curve"]
+    header = "| " + " | ".join(curve[0]) + " |\n|" + "---|" * len(curve[0])
+    rows = "\n".join("| " + " | ".join(row.values()) + " |" for row in curve)
+    data = "\n".join(f"- {name}: sha256 of its distinct texts `{digest}`" for name, digest in settings["data"].items())
+    flags = {k: v for k, v in settings.items() if k not in ("data", "tokenizer", "devices", "compile")}
+    command = " ".join(
+        f"--{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"--{k.replace('_', '-')} {v}"
+        for k, v in flags.items()
+    )
+    compiled = " --compile" if settings["compile"] else ""
+    return f"""## Training
+
+TinyStories (roneneldan/TinyStories, CDLA-Sharing-1.0, 28,420 stories) and the Large Movie Review Dataset v1.0 (Maas et
+al. 2011, 75,000 reviews), exact duplicates removed, 1 % of each held out by a hash of the text:
+
+{data}
+
+Made by `scripts/train_language.py --data tinystories.train.parquet movie-reviews.train.parquet {command}{compiled}`
+with torch {training["torch"]}: bf16 autocast, Muon for the blocks' matrices, AdamW for the embeddings; the weights
+are stored in bfloat16. {note}
+
+Held-out loss of the stored weights, nats per token, over the first {settings["context"]} tokens of each text:
+
+| corpus | loss |
+|---|---|
+{losses}
+
+{header}
+{rows}"""
+
+
+def _saes(evaluation: dict) -> str:
+    rows = "\n".join(
+        f"| {hook} | {e['fvu']:.3f} | {e['l0']:.1f} | {100 * e['dead']:.2f} % | {e['loss']:.3f} "
+        f"| {e['loss_spliced']:.3f} | {e['loss_zero']:.3f} | {e['recovered']:.3f} | {e['recovered_mean']:.3f} |"
+        for hook, e in evaluation.items()
+    )
+    tokens = next(iter(evaluation.values()))["tokens"]
+    return f"""## Sparse autoencoders
+
+Top-k SAEs in SAELens' format (`SAE.load_from_disk` reads them), weights stored in bfloat16, made by
+`scripts/fit_saes.py`; the settings are in each `cfg.json`. `contexts.safetensors` holds the token windows at which each
+feature is most active. Evaluated as stored, on {tokens:,} held-out tokens of both corpora (BOS left out): fraction of
+variance unexplained, active features per token, features never active, loss with the reconstruction spliced in, with
+zero instead, and the loss recovered against zero and against mean ablation.
+
+| hook point | FVU | L0 | dead | loss | spliced | zero | recovered | recovered (mean) |
+|---|---|---|---|---|---|---|---|---|
+{rows}"""
+
+
+def _samples(model: bilens.BilinearTransformer) -> str:
+    greedy = "\n".join(f"> {model.generate(prompt, 60, temperature=0)}\n>" for prompt in PROMPTS)
+    generator = torch.Generator().manual_seed(0)
+    sampled = "\n".join(
+        f"> {model.generate(prompt, 120, temperature=0.7, top_k=40, generator=generator)}\n>" for prompt in PROMPTS
+    )
+    return f"## Samples\n\nGreedy:\n\n{greedy}\n\nTemperature 0.7, top-k 40, seed 0, none left out:\n\n{sampled}"
+
+
+def _hashes(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
+    lines = (
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files
+    )
+    return "## Hashes\n\n```\n" + "\n".join(lines) + "\n```"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""Loading from the Hub: the real client against a small server on this machine that speaks the Hub's file endpoints."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+
+import bilens
+
+MODEL = "tdooms/ts-tiny-test"
+
+
+@dataclass
+class Hub:
+    """What the server serves, how it misbehaves, and what it was asked for."""
+
+    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # repository, revision, file
+    drop_once: set[str] = field(default_factory=set)  # files whose first download breaks off halfway
+    cut: set[str] = field(default_factory=set)  # files of which only the first half is sent
+    errors: dict[str, tuple[int, str]] = field(default_factory=dict)  # repositories that answer with an error
+    listing_breaks: bool = False  # answer with a page that is no listing, as a login portal does
+    push_after: dict[str, Callable[[], object]] = field(default_factory=dict)  # what happens after a file is sent
+    asked: list[str] = field(default_factory=list)  # "GET owner/name revision file"
+    url: str = ""
+
+    def commit(self, repo: str, files: dict[str, bytes], *revisions: str) -> str:
+        """Add a state of a repository under a new commit hash, which is returned, and as the named revisions."""
+        sha = hashlib.sha1(repr((repo, sorted(files.items()))).encode()).hexdigest()
+        for revision in (sha, *(revisions or ("main",))):
+            self.repos.setdefault(repo, {})[revision] = files
+        return sha
+
+    def sha(self, repo: str, revision: str) -> str:
+        """Return the commit hash of a revision."""
+        states = self.repos[repo]
+        return next(sha for sha in states if len(sha) == 40 and states[sha] is states[revision])
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        url = urlparse(self.path)
+        if url.path == "/api/models":
+            return self.answer_listing(parse_qs(url.query)["author"][0])
+        repo, revision, file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path).groups()
+        hub = self.server.hub
+        hub.asked.append(f"{self.command} {repo} {revision} {file}")
+        if repo in hub.errors or repo not in hub.repos:
+            return self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
+        if revision not in hub.repos[repo]:
+            return self.answer_error(404, "RevisionNotFound")
+        self.commit = hub.sha(repo, revision)
+        if file not in hub.repos[repo][revision]:
+            return self.answer_error(404, "EntryNotFound", {"X-Repo-Commit": self.commit})
+        return self.answer_file(file, hub.repos[repo][revision][file])
+
+    def answer_file(self, file, data):
+        hub = self.server.hub
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": self.commit}
+        if self.command == "GET" and file in hub.cut:
+            return self.answer(200, headers, data[: len(data) // 2])
+        drop = self.command == "GET" and file in hub.drop_once
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if wanted and not drop:
+            start = int(wanted[1])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            return self.answer(206, headers, data[start:])
+        if drop:
+            hub.drop_once.remove(file)
+            self.answer(200, headers, data, sent=len(data) // 2)
+            self.close_connection = True
+            return None
+        return self.answer(200, headers, data)
+
+    def answer_listing(self, author):
+        if self.server.hub.listing_breaks:
+            return self.answer(200, {"Content-Type": "text/html"}, b"<html>")
+        names = [{"id": repo} for repo in self.server.hub.repos if repo.startswith(f"{author}/")]
+        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(names).encode())
+
+    def answer_error(self, status, code, headers=None):
+        self.answer(status, {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}, b"")
+
+    def answer(self, status, headers, data, sent=None):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[:sent])
+            self.server.hub.push_after.pop(self.path.split("/")[-1], lambda: None)()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running server, with an empty cache for the client."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub = Hub(url=f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    # The client reads its environment variables at import: these are what HF_ENDPOINT and HF_HOME set.
+    monkeypatch.setattr(constants, "ENDPOINT", server.hub.url)
+    template = server.hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server.hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Call it to go offline, as HF_HUB_OFFLINE=1 does."""
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """The files of a published model: config, weights and tokenizer."""
+    folder = tmp_path_factory.mktemp("published")
+    bilens.save(model, folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def without(files, *gone, **config):
+    """Leave files out and set keys of the config."""
+    config = json.loads(files["config.json"]) | config
+    kept = {name: data for name, data in files.items() if name not in gone}
+    return kept | {"config.json": json.dumps(config).encode()}
+
+
+def assert_same(model, other):
+    assert other.cfg == model.cfg
+    state = model.state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in other.state_dict().items())
+
+
+def refusal(name, error=FileNotFoundError, **kwargs):
+    with pytest.raises(error) as caught:
+        bilens.load(name, **kwargs)
+    return str(caught.value)
+
+
+# -- what loads -------------------------------------------------------------------------------------------------------
+
+
+def test_model_and_its_own_tokenizer_load_from_the_hub(hub, model, files):
+    hub.commit(MODEL, files | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"})
+    loaded = bilens.load(MODEL)
+    assert_same(model, loaded)
+    assert loaded.tokenizer.to_str() == model.tokenizer.to_str()
+    got = {line.split()[-1] for line in hub.asked}
+    assert got == {"config.json", "model.safetensors", "tokenizer.json"}  # no code and no pickle was asked for
+
+
+@pytest.mark.parametrize(
+    ("config", "repo"),
+    [
+        ({"tokenizer": "ts-4096"}, "tdooms/ts-tokenizer-4096"),
+        ({"tokenizer": "mistral"}, "mistral-community/Mixtral-8x22B-v0.1"),
+        ({"tokenizer": "gpt2"}, "openai-community/gpt2"),
+    ],
+    ids=str,
+)
+def test_tokenizer_comes_from_the_repository_that_the_config_names(hub, model, files, config, repo):
+    hub.commit(MODEL, without(files, "tokenizer.json", **config))
+    hub.commit(repo, {"tokenizer.json": files["tokenizer.json"]})
+    assert bilens.load(MODEL).tokenizer.to_str() == model.tokenizer.to_str()
+
+
+def test_tokenizer_of_the_older_generations_goes_by_the_vocabulary(hub, make_model, files, tmp_path):
+    older = make_model(dtype=torch.float32, norm="rms_gain_shift", attn_scale=1.0)
+    bilens.save(older, tmp_path / "older")
+    hub.commit(MODEL, {name: (tmp_path / "older" / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    hub.commit(f"tdooms/TinyStories-{older.cfg.d_vocab}", {"tokenizer.json": files["tokenizer.json"]})
+    loaded = bilens.load(MODEL)
+    assert_same(older, loaded)
+    assert loaded.tokenizer.to_str() == older.tokenizer.to_str()
+
+
+def test_tokenizer_argument_names_a_repository(hub, model, files):
+    hub.commit(MODEL, without(files, "tokenizer.json", tokenizer="ts-4096"))
+    hub.commit("someone/words", {"tokenizer.json": files["tokenizer.json"]})
+    assert bilens.load(MODEL, tokenizer="someone/words").tokenizer.to_str() == model.tokenizer.to_str()
+    assert not any("ts-tokenizer" in line for line in hub.asked)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"tokenizer": "unheard-of"}, "its config names no tokenizer that is known here"),
+        ({"tokenizer": None}, "its config names no tokenizer that is known here"),
+        ({"tokenizer": ["ts-4096"]}, "its config names no tokenizer that is known here"),
+        ({"tokenizer": "ts-4096"}, "'tdooms/ts-tokenizer-4096' is neither a folder here nor a repository on the Hub"),
+    ],
+    ids=str,
+)
+def test_model_without_a_tokenizer_loads_with_a_warning_that_says_so(hub, model, files, config, reason):
+    hub.commit(MODEL, without(files, "tokenizer.json", **config))
+    with pytest.warns(UserWarning, match=rf"{MODEL} was loaded without a tokenizer: {reason}.*pass tokenizer= for one"):
+        loaded = bilens.load(MODEL)
+    assert_same(model, loaded)
+    assert loaded.tokenizer is None
+
+
+def test_sharded_repository_loads(hub, model, files, tmp_path):
+    from safetensors.torch import load, save
+
+    tensors = load(files["model.safetensors"])
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    written = {shard: save({name: tensors[name] for name in held}) for shard, held in shards.items()}
+    written["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.commit(MODEL, without(files, "model.safetensors") | written)
+    assert_same(model, bilens.load(MODEL))
+
+
+# -- revisions --------------------------------------------------------------------------------------------------------
+
+
+def test_revision_is_a_branch_a_tag_or_a_commit(hub, make_model, model, files, tmp_path):
+    newer = make_model(seed=1, dtype=torch.float32)
+    bilens.save(newer, tmp_path / "newer")
+    sha = hub.commit(MODEL, files, "v1", "old-branch")
+    hub.commit(MODEL, {path.name: path.read_bytes() for path in (tmp_path / "newer").iterdir()})
+    assert_same(newer, bilens.load(MODEL))
+    for revision in ("v1", "old-branch", sha):
+        assert_same(model, bilens.load(MODEL, revision=revision))
+
+
+def test_revision_that_does_not_exist_is_refused(hub, files):
+    hub.commit(MODEL, files)
+    assert refusal(MODEL, revision="v9") == f"{MODEL} on the Hub has no revision 'v9'"
+
+
+def test_a_push_between_two_files_does_not_mix_two_states(hub, make_model, model, files, tmp_path):
+    newer = make_model(seed=1, dtype=torch.float32, norm="none")
+    bilens.save(newer, tmp_path / "newer")
+    newer_files = {path.name: path.read_bytes() for path in (tmp_path / "newer").iterdir()}
+    hub.commit(MODEL, files)
+    hub.push_after["config.json"] = lambda: hub.commit(MODEL, newer_files)
+    assert_same(model, bilens.load(MODEL))
+    assert_same(newer, bilens.load(MODEL))
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_second_load_downloads_nothing_and_a_new_state_only_once_it_is_there(hub, model, files):
+    hub.commit(MODEL, files)
+    bilens.load(MODEL)
+    first = [line for line in hub.asked if line.startswith("GET")]
+    assert len(first) == 3
+    assert_same(model, bilens.load(MODEL))
+    assert [line for line in hub.asked if line.startswith("GET")] == first
+    hub.commit(MODEL, without(files, n_ctx=7))
+    assert bilens.load(MODEL).cfg.n_ctx == 7
+
+
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+def test_offline_a_cached_model_loads_whole(hub, offline, model, files, own_tokenizer):
+    gone = () if own_tokenizer else ("tokenizer.json",)
+    hub.commit(MODEL, without(files, *gone, tokenizer="ts-4096"))
+    hub.commit("tdooms/ts-tokenizer-4096", {"tokenizer.json": files["tokenizer.json"]})
+    bilens.load(MODEL)
+    hub.asked.clear()
+    offline()
+    loaded = bilens.load(MODEL)
+    assert_same(model, loaded)
+    assert loaded.tokenizer.to_str() == model.tokenizer.to_str()
+    assert hub.asked == []
+
+
+def test_offline_an_unknown_model_is_refused(hub, offline, files):
+    hub.commit(MODEL, files)
+    offline()
+    message = refusal(MODEL)
+    assert message.startswith(f"config.json of {MODEL} is not in the local cache and the Hub cannot be reached")
+    assert "HF_HUB_OFFLINE" in message
+
+
+def test_offline_a_half_cached_model_is_refused(hub, offline, files):
+    hub.commit(MODEL, files)
+    huggingface_hub.hf_hub_download(MODEL, "config.json")
+    offline()
+    assert f"model.safetensors of {MODEL} is not in the local cache" in refusal(MODEL)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [404, 401])
+def test_repository_that_does_not_exist_is_refused_with_near_names(hub, files, status):
+    hub.commit(MODEL, files)
+    hub.errors["tdooms/ts-tiny-tset"] = (status, "RepoNotFound")
+    message = refusal("tdooms/ts-tiny-tset")
+    assert message.startswith("'tdooms/ts-tiny-tset' is neither a folder here nor a repository on the Hub")
+    assert re.search(rf"did you mean {MODEL}( or |\?)", message), message
+
+
+@pytest.mark.parametrize("listing_breaks", [True, False])
+def test_published_names_are_suggested_without_a_listing(hub, listing_breaks):
+    hub.listing_breaks = listing_breaks
+    assert "did you mean tdooms/ts-medium" in refusal("tdooms/ts-meduim")
+    assert "did you mean" not in refusal("someone/resnet50")
+
+
+def test_gated_repository_is_refused(hub, files):
+    hub.commit(MODEL, files)
+    hub.errors[MODEL] = (403, "GatedRepo")
+    assert "is gated: accept its terms and log in" in refusal(MODEL)
+
+
+def test_repository_with_pickled_weights_only_is_refused(hub, files):
+    hub.commit(MODEL, without(files, "model.safetensors") | {"pytorch_model.bin": b"\x80\x02"})
+    message = refusal(MODEL)
+    assert message.startswith(f"{MODEL} has no model.safetensors, only pytorch_model.bin: a pickle")
+    assert "bilens reads safetensors only" in message
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_repository_without_a_file_it_must_have_is_refused(hub, files, file):
+    hub.commit(MODEL, {name: data for name, data in files.items() if name != file})
+    assert refusal(MODEL) == f"{MODEL} has no {file}"
+
+
+def test_name_that_cannot_be_a_repository_is_refused(hub):
+    assert "is neither a folder here nor a valid Hub name" in refusal("who/what?")
+    assert hub.asked == []
+
+
+def test_weights_that_contradict_the_config_are_refused_from_the_hub_too(hub, files):
+    hub.commit(MODEL, without(files, n_layer=3))
+    message = refusal(MODEL, bilens.CheckpointError)
+    assert "model.safetensors: tensor transformer.h.2." in message
+
+
+# -- broken connections -----------------------------------------------------------------------------------------------
+
+
+def test_download_that_breaks_off_is_resumed_and_bit_identical(hub, model, files):
+    hub.commit(MODEL, files)
+    hub.drop_once.add("model.safetensors")
+    assert_same(model, bilens.load(MODEL))
+    assert len([line for line in hub.asked if line.startswith("GET") and "safetensors" in line]) == 2
+
+
+def test_truncated_download_is_raised_and_the_next_load_is_bit_identical(hub, model, files):
+    hub.commit(MODEL, files)
+    hub.cut.add("model.safetensors")
+    with pytest.raises(OSError, match="file should be of size"):
+        bilens.load(MODEL)
+    hub.cut.clear()
+    assert_same(model, bilens.load(MODEL))
+
+
+# -- as a user runs it ------------------------------------------------------------------------------------------------
+
+
+def test_environment_variables_choose_cache_and_offline_mode(hub, model, files, tmp_path):
+    hub.commit(MODEL, without(files, "tokenizer.json", tokenizer="ts-4096"))
+    hub.commit("tdooms/ts-tokenizer-4096", {"tokenizer.json": files["tokenizer.json"]})
+    bilens.load(MODEL)
+    hub.asked.clear()
+    code = """
+import sys, bilens
+bilens.save(bilens.load(sys.argv[1]), sys.argv[2])
+try:
+    bilens.load("tdooms/other")
+except FileNotFoundError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, MODEL, str(tmp_path / "out")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("config.json of tdooms/other is not in the local cache")
+    assert hub.asked == []
+    again = bilens.load(tmp_path / "out")
+    assert_same(model, again)
+    assert again.tokenizer.to_str() == model.tokenizer.to_str()

@@ -1,0 +1,238 @@
+"""SAEs: the published ones, fitting, evaluation, contexts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bilens import saes
+
+SCOPE = Path(__file__).parents[1] / "../shared/fixtures/published-format/bilinear-scope"
+HOOKS = ["blocks.0.hook_mlp_in", "blocks.1.hook_mlp_out"]
+
+
+def published():
+    return sorted(path.parent.name for path in SCOPE.glob("*/expected.safetensors"))
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(dtype=torch.float32)
+
+
+@pytest.fixture
+def windows(model):
+    tokens = torch.randint(3, model.cfg.d_vocab, (40, 16), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = model.bos_id
+    return tokens
+
+
+@pytest.fixture
+def scope_folder(tmp_path):
+    """A random SAE in the published layout, with k so large that negative values are kept."""
+    folder = tmp_path / "1-mlp-out-x2-k20"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w_enc.weight": (24, 12), "w_dec.weight": (12, 24), "b_dec": (12,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = {"point": ["mlp-out", 1], "expansion": 2, "d_model": 12, "k": 20, "unknown": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tmp_path, tensors
+
+
+def test_a_published_sae_keeps_the_k_largest_of_either_sign(scope_folder):
+    root, tensors = scope_folder
+    sae = saes.load_scope(root, "1-mlp-out-x2-k20")
+    x = torch.randn(5, 12)
+    pre = (x - tensors["b_dec"]) @ tensors["w_enc.weight"].T
+    kept = pre >= pre.topk(20).values[:, -1:]
+    torch.testing.assert_close(sae.encode(x), pre * kept)
+    assert (sae.encode(x) < 0).any()
+    torch.testing.assert_close(sae(x), pre * kept @ tensors["w_dec.weight"].T + tensors["b_dec"])
+    assert sae.cfg.metadata.hook_name == "blocks.1.hook_mlp_out"
+
+
+@pytest.mark.skipif(not SCOPE.is_dir(), reason="needs the published fixtures in ../shared")
+@pytest.mark.parametrize("name", published())
+def test_features_equal_the_authors(name):
+    sae = saes.load_scope(SCOPE, name)
+    expected = load_file(SCOPE / name / "expected.safetensors")
+    features = sae.encode(expected["input"])
+    torch.testing.assert_close(features, expected["features"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sae.decode(features), expected["reconstruction"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not SCOPE.is_dir(), reason="needs the published fixtures in ../shared")
+@pytest.mark.parametrize("which", ["encoder", "decoder"])
+@pytest.mark.parametrize("feature", [0, 3, 17])
+def test_projected_matrices_equal_the_authors(which, feature):
+    import bilens
+
+    layer = bilens.load(SCOPE.parent / "bilinear").blocks[1].mlp.tensor().detach()
+    expected = load_file(SCOPE / "tracer_expected.safetensors")
+    direction = saes.readers(saes.load_scope(SCOPE, "1-mlp-out-x4-k5"), which)[feature]
+    published_q = expected[f"{which}.{feature}.q"]  # published unsymmetrised
+    torch.testing.assert_close(layer.matrix(direction), (published_q + published_q.T) / 2, rtol=1e-5, atol=1e-6)
+    projected = layer.project(inp=saes.writers(saes.load_scope(SCOPE, "1-mlp-in-x4-k5"))).matrix(direction)
+    torch.testing.assert_close(projected, expected[f"{which}.{feature}.q_projected_symmetric"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_sae_is_refused_with_the_names_there_are(scope_folder):
+    with pytest.raises(FileNotFoundError, match="1-mlp-out-x2-k20"):
+        saes.load_scope(scope_folder[0], "1-mlp-out-x2-k30")
+
+
+def test_a_config_that_contradicts_the_tensors_is_refused(scope_folder):
+    root, _ = scope_folder
+    path = root / "1-mlp-out-x2-k20" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"expansion": 3}))
+    with pytest.raises(ValueError, match=r"w_dec.weight must be \[12, 36\].*got \[12, 24\]"):
+        saes.load_scope(root, "1-mlp-out-x2-k20")
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_readers_writers_and_offsets_say_what_the_sae_computes(rescale):
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    sae = TopKSAE(TopKSAEConfig(d_in=6, d_sae=9, k=9, rescale_acts_by_decoder_norm=rescale))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+        x = torch.randn(4, 6)
+        z = sae.encode(x)
+        pre = x @ saes.readers(sae).T + saes.offsets(sae)
+        torch.testing.assert_close(z, pre.relu())
+        torch.testing.assert_close(sae.decode(z), z @ saes.writers(sae) + sae.b_dec)
+
+
+def fit(model, windows, folder, **changes):
+    settings = {"expansion": 2, "k": 4, "tokens": 12_000, "batch": 100, "n_checkpoints": 4} | changes
+    return saes.fit(model, windows, HOOKS, folder=folder, **settings)
+
+
+@pytest.fixture
+def fitted(model, windows, tmp_path):
+    return fit(model, windows, tmp_path / "fitted"), tmp_path / "fitted"
+
+
+def test_fitted_saes_reconstruct_and_sae_lens_reads_them(model, windows, fitted):
+    from sae_lens import SAE
+
+    found, folder = fitted
+    for hook in HOOKS:
+        reread = SAE.load_from_disk(folder / hook)
+        for name, weight in found[hook].state_dict().items():
+            assert torch.equal(reread.state_dict()[name], weight)
+        result = saes.evaluate(model, reread, windows)
+        assert result.fvu < 0.75  # random activations have little structure; an unfitted SAE is above 1
+        assert result.l0 <= 4
+        torch.testing.assert_close(reread.W_dec.norm(dim=1), torch.ones(32))
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_finished_fit_is_loaded_and_other_arguments_are_refused(model, windows, fitted):
+    found, folder = fitted
+    again = fit(model, windows, folder)
+    assert torch.equal(again[HOOKS[0]].W_enc, found[HOOKS[0]].W_enc)
+    with pytest.raises(ValueError, match="other data or arguments"):
+        fit(model, windows, folder, lr=1e-2)
+
+
+def test_a_killed_fit_resumes_to_the_same_weights(model, windows, fitted, tmp_path):
+    calls = 0
+
+    def kill(value, hook):
+        nonlocal calls
+        calls += 1
+        if calls == 35:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), model.hooks(fwd_hooks=[("hook_embed", kill)]):
+        fit(model, windows, tmp_path / "killed")
+    assert list((tmp_path / "killed" / "checkpoints").glob("*/complete.json")), "killed before the first checkpoint"
+    resumed = fit(model, windows, tmp_path / "killed")
+    for hook in HOOKS:
+        for name, weight in fitted[0][hook].state_dict().items():
+            assert torch.equal(resumed[hook].state_dict()[name], weight), f"{hook} {name}"
+
+
+def test_the_stream_gives_the_same_positions_at_every_hook_and_leaves_bos_and_padding_out(model):
+    rows = saes.to_rows(model, ["the cat sat on the mat", "once upon a time the dog ran"], length=8)
+    assert rows.counts.sum() == 6 + 7
+    assert not rows.counts[:, 0].any()
+    stream = saes.ActivationStream(model, rows, ["blocks.0.hook_resid_pre", "hook_embed"], 13, seed=0, chunk=9)
+    batch = next(stream())
+    torch.testing.assert_close(batch["blocks.0.hook_resid_pre"], batch["hook_embed"])
+    expected = model.W_E[rows.tokens[rows.counts]]
+    torch.testing.assert_close(batch["hook_embed"].sort(0).values, expected.sort(0).values)
+
+
+def test_the_stream_resumes_at_any_batch(model, windows):
+    stream = saes.ActivationStream(model, saes.to_rows(model, windows), HOOKS, 70, seed=3, chunk=16)
+    batches = stream()
+    straight = [next(batches) for _ in range(20)]
+    for first in (0, 1, 5, 19):
+        torch.testing.assert_close(next(stream(first))[HOOKS[0]], straight[first][HOOKS[0]], rtol=0, atol=0)
+
+
+def test_evaluation_by_hand(model, windows, fitted):
+    sae, hook = fitted[0][HOOKS[1]], HOOKS[1]
+    result = saes.evaluate(model, sae, windows, batch=7)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(windows, names_filter=hook)
+        x = cache[hook][:, 1:].flatten(0, 1)
+        error = (x - sae(x)).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+
+        def spliced(new):
+            edit = lambda value, hook: torch.cat((value[:, :1], new(value[:, 1:])), 1)  # noqa: E731
+            return model.run_with_hooks(windows, "loss", fwd_hooks=[(hook, edit)]).item()
+
+        assert result.fvu == pytest.approx(error.item(), rel=1e-4)
+        assert result.loss == pytest.approx(model(windows, "loss").item(), rel=1e-5)
+        assert result.loss_zero == pytest.approx(spliced(torch.zeros_like), rel=1e-5)
+        assert result.loss_spliced == pytest.approx(spliced(sae), rel=1e-5)
+        assert result.loss_mean == pytest.approx(spliced(lambda v: x.mean(0).expand_as(v)), rel=1e-5)
+        assert result.l0 == pytest.approx((sae.encode(x) != 0).sum(1).float().mean().item())
+        assert result.tokens == len(x)
+
+
+def test_contexts_are_the_strongest_positions(model, fitted, tmp_path):
+    texts = [
+        "the cat sat on the mat",
+        "once upon a time the big dog ran and the cat saw",
+        "a dog ran on a little cat",
+    ] * 3
+    texts = [text + " mat" * i for i, text in enumerate(texts)]
+    hook = HOOKS[0]
+    sae = fitted[0][hook]
+    found = saes.contexts(model, sae, texts, n=3, batch=4)
+    rows = saes.to_rows(model, texts)
+    with torch.no_grad():
+        z = sae.encode(saes.activations(model, rows, [hook])[hook]).masked_fill(~rows.counts[..., None], 0)
+    best = z.max(1).values.topk(3, dim=0).values.T
+    torch.testing.assert_close(found.values[:, :, found.peak], best, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.density, (z > 0).float().sum((0, 1)) / rows.counts.sum())
+    feature = int(best[:, 0].argmax())
+    row, position = divmod(int(z[:, :, feature].argmax()), z.shape[1])
+    word = model.tokenizer.id_to_token(int(rows.tokens[row, position]))
+    assert f"[{word}]" in found.snippet(feature, 0, model)
+    assert word in found.top_tokens(feature, model)
+    found.save(fitted[1] / hook / "contexts.safetensors")
+    reread = saes.Contexts.load(fitted[1], hook)
+    assert torch.equal(reread.tokens, found.tokens)
+
+
+def test_errors_name_the_argument(model, windows, tmp_path):
+    with pytest.raises(ValueError, match="hooks must be a list"):
+        saes.fit(model, windows, "blocks.0.hook_mlp_in", folder=tmp_path)
+    with pytest.raises(ValueError, match="no hook point is named"):
+        saes.fit(model, windows, ["blocks.0.mlp_in"], folder=tmp_path)
+    with pytest.raises(ValueError, match="eval mode"):
+        saes.fit(model.train(), windows, HOOKS, folder=tmp_path)
+    with pytest.raises(ValueError, match="which must be"):
+        saes.readers(None, "rows")
+    with pytest.raises(FileNotFoundError, match="no SAE for"):
+        saes.load(tmp_path, "blocks.9.hook_mlp_in")
