@@ -5,10 +5,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner
+    from .circuits import FeatureLayer, NegationCircuit
+    from .interactions import Interactions
+    from .report import FeatureReport
+    from .transformer import BilinearTransformer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,19 +46,20 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
         model = bilens.load(args.model)
         saes = args.saes or args.model
-        lenses = {i: circuits.FeatureLayer.load(model, i, saes) for i in range(model.cfg.n_layers)}
+        layers = range(model.cfg.n_layers) if args.layer is None else [args.layer]
+        lenses = {i: circuits.FeatureLayer.load(model, i, saes) for i in layers}
     console.print(
-        f"{args.model}: {model.cfg.n_layers} layers, {lenses[0].out.cfg.d_sae} features at each end of an MLP"
+        f"{args.model}: {model.cfg.n_layers} layers, {lenses[layers[0]].out.cfg.d_sae} features at each end of an MLP"
     )
     with console.status("locating the sentiment-negation circuit ..."):
-        negation = find_negation({args.layer: lenses[args.layer]} if args.layer is not None else lenses)
-    lens = lenses[args.layer if args.layer is not None else negation.layer if negation else model.cfg.n_layers // 2]
+        negation = find_negation(lenses)
+    lens = lenses[negation.layer if negation else layers[len(layers) // 2]]
     with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
         strongest = bilens.top_interactions(lens.tensor, 100, out=lens.readers, inp=lens.writers)
         ranking = circuits.outliers(lens)
     with console.status("testing predictions on text ..."):
         dataset = args.text.read_text().splitlines() if args.text else sample_text(model)
-        chosen = ([negation.feature] if negation and negation.layer == lens.layer else []) + ranking.feature.tolist()
+        chosen = ([negation.feature] if negation else []) + ranking.feature.tolist()
         chosen = list(dict.fromkeys(chosen))[: args.features]
         features = [report.describe(lens, feature, dataset) for feature in chosen]
     source = str(args.text) if args.text else f"{len(dataset)} texts sampled from the model itself"
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.print(f"report: {path}  ({time.perf_counter() - began:.0f} s)")
 
 
-def find_negation(lenses: dict) -> object | None:
+def find_negation(lenses: "dict[int, FeatureLayer]") -> "NegationCircuit | None":
     """Return the circuit, or None where no layer has one."""
     from bilens import circuits
 
@@ -76,25 +85,26 @@ def find_negation(lenses: dict) -> object | None:
         return None
 
 
-def sample_text(model: object, n: int = 48, length: int = 96) -> torch.Tensor:
+def sample_text(model: "BilinearTransformer", n: int = 48, length: int = 96) -> torch.Tensor:
     """Return text that the model writes itself, as token windows: data that is always there, offline."""
     start = torch.full((n, 1), model.bos_id)
     generator = torch.Generator().manual_seed(0)
     return model.generate(start, length - 1, temperature=0.9, top_k=100, stop_at_eos=False, generator=generator)
 
 
-def print_ranking(console: Console, lens: object, strongest: object, n: int = 10) -> None:
+def print_ranking(console: Console, lens: "FeatureLayer", strongest: "Interactions", n: int = 10) -> None:
     """Print the strongest pairs of the layer."""
     table = Table(title=f"strongest feature pairs of layer {lens.layer}, from the weights alone", title_justify="left")
     for name in ("input feature", "× input feature", "→ output feature"):
         table.add_column(name, max_width=34, overflow="ellipsis", no_wrap=True)
     table.add_column("coefficient", justify="right")
     for o, i, j, value in list(zip(*(part.tolist() for part in strongest), strict=True))[:n]:
-        table.add_row(lens.label("inp", i), lens.label("inp", j), lens.label("out", o), f"{value:+.3f}")
+        names = (lens.label("inp", i), lens.label("inp", j), lens.label("out", o))
+        table.add_row(*map(escape, names), f"{value:+.3f}")
     console.print(table)
 
 
-def print_features(console: Console, features: Sequence) -> None:
+def print_features(console: Console, features: "Sequence[FeatureReport]") -> None:
     """Print the output features that the report shows in detail."""
     table = Table(title="output features by spectral outliers, and what two eigenvectors predict", title_justify="left")
     table.add_column("output feature", max_width=44, overflow="ellipsis", no_wrap=True)
@@ -103,11 +113,11 @@ def print_features(console: Console, features: Sequence) -> None:
     for one in features:
         values = [f"{value:+.2f}" for value in one.values[:2].tolist()]
         correlations = [f"{r:.2f}" for r in (one.prediction.pearson_active, one.prediction.pearson)]
-        table.add_row(f"{one.feature} {one.label}", *values, *correlations)
+        table.add_row(escape(f"{one.feature} {one.label}"), *values, *correlations)
     console.print(table)
 
 
-def print_negation(console: Console, found: object) -> None:
+def print_negation(console: Console, found: "NegationCircuit") -> None:
     """Print the sentiment-negation circuit."""
     what = "not good" if found.target[1] == "positive" else "not bad"
     console.print(

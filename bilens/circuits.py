@@ -9,13 +9,12 @@ from typing import Literal
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
-from sae_lens import SAE
 from torch import Tensor
 
 from . import saes as _saes
 from .decompositions import Eigen, eigen
 from .interactions import Interactions, top_interactions
-from .saes import Contexts, activations, offsets, readers, to_rows, writers
+from .saes import SAE, Contexts, activations, offsets, readers, to_rows, writers
 from .tensor import BilinearTensor
 from .transformer import BilinearTransformer
 
@@ -295,7 +294,8 @@ class NegationCircuit:
     sentiment: int
     coefficient: float  # 2 Q_ij of negation × sentiment in the output feature
     rank: int  # of |coefficient| among all pairs of that output feature, 1 = strongest
-    contribution: float  # mean coefficient · z_negation · z_sentiment over the target sentences
+    coverage: float  # fraction of the target sentences in which both features are active; all below is over those
+    contribution: float  # mean coefficient · z_negation · z_sentiment
     auroc: dict[str, float]  # of each feature's activation for what it stands for
     means: dict[tuple[str, str], float]
     removals: dict[str, float]
@@ -313,8 +313,9 @@ def find_negation(
     In each layer, at the adjective of template sentences: negation and sentiment features are those input features
     whose activation best separates negated from plain and the target's sentiment from the other (AUROC at least 0.7),
     output features those whose pre-activation best separates the target sentences from the other three kinds (at least
-    0.9). Among them the circuit is the triple with the largest mean contribution `2 Q_ij z_i z_j` to the target
-    sentences; `Q` comes from the weights. Then each feature is removed from the running model.
+    0.9). Among them the circuit is the triple with the largest mean contribution `2 Q_ij z_i z_j` where both are
+    active, at least a tenth of the target sentences; `Q` comes from the weights. Then each feature is removed from the
+    running model, in those sentences.
 
     Args:
         lenses: Layers to search.
@@ -350,6 +351,7 @@ class _Triple:
     feature: int
     negation: int
     sentiment: int
+    coverage: float
     contribution: float
     auroc: dict[str, float]
     means: dict[tuple[str, str], float]
@@ -378,9 +380,13 @@ def _best_triple(lens: FeatureLayer, tokens: Mapping, target: tuple[str, str]) -
         return None
     matrices = lens._matrix(lens.readers[outs])
     coefficient = 2 * einsum(lens.writers[negations], matrices, lens.writers[sentiments], "n i, o i j, s j -> o n s")
-    joint = einsum(z[target][:, negations], z[target][:, sentiments], "b n, b s -> n s") / len(z[target])
-    contribution = coefficient * joint
-    contribution.masked_fill_(negations[:, None] == sentiments[None, :], -torch.inf)
+    one, other = z[target][:, negations], z[target][:, sentiments]
+    both = einsum((one != 0).to(one), (other != 0).to(one), "b n, b s -> n s")
+    contribution = coefficient * einsum(one, other, "b n, b s -> n s") / both.clamp(min=1)
+    unfit = (negations[:, None] == sentiments[None, :]) | (both < 0.1 * len(one))
+    contribution.masked_fill_(unfit, -torch.inf)
+    if not contribution.isfinite().any():
+        return None
     o, n, s = (int(i) for i in torch.unravel_index(contribution.argmax(), contribution.shape))
     out, negation, sentiment = int(outs[o]), int(negations[n]), int(sentiments[s])
     auroc = {
@@ -389,7 +395,8 @@ def _best_triple(lens: FeatureLayer, tokens: Mapping, target: tuple[str, str]) -
         "sentiment": feeling[sentiment].item(),
     }
     means = {cell: value[:, out].mean().item() for cell, value in pre.items()}
-    return _Triple(out, negation, sentiment, contribution[o, n, s].item(), auroc, means)
+    coverage = both[n, s].item() / len(one)
+    return _Triple(out, negation, sentiment, coverage, contribution[o, n, s].item(), auroc, means)
 
 
 def _test_triple(lens: FeatureLayer, triple: _Triple, tokens: Mapping, target: tuple[str, str]) -> NegationCircuit:
@@ -398,13 +405,14 @@ def _test_triple(lens: FeatureLayer, triple: _Triple, tokens: Mapping, target: t
     everything.diagonal().div_(2)
     value = everything[triple.negation, triple.sentiment].item()
     rank = int((everything.triu().abs() > abs(value)).sum()) + 1
+    groups = [kept for group in tokens[target] if len(kept := group[_both_active(lens, triple, group)])]
     removals, error = {}, 0.0
     for name, inp in (("negation", triple.negation), ("sentiment", triple.sentiment)):
-        done = [remove(lens, inp, triple.feature, group) for group in tokens[target]]
+        done = [remove(lens, inp, triple.feature, group) for group in groups]
         removals["as it is"] = torch.cat([one.before for one in done]).mean().item()
         removals[f"without {name}"] = torch.cat([one.measured for one in done]).mean().item()
         error = max(error, *(((o.predicted - o.measured).abs().max() / o.before.abs().max()).item() for o in done))
-    removals["without another feature"] = _control(lens, triple, tokens[target])
+    removals["without another feature"] = _control(lens, triple, groups)
     other = ("negated", "negative" if target[1] == "positive" else "positive")
     opposite = _best_triple(lens, tokens, other)
     cosine = None
@@ -417,9 +425,15 @@ def _test_triple(lens: FeatureLayer, triple: _Triple, tokens: Mapping, target: t
         "sentiment": lens.label("inp", triple.sentiment),
     }
     return NegationCircuit(
-        lens.layer, target, triple.feature, triple.negation, triple.sentiment, value, rank, triple.contribution,
-        triple.auroc, triple.means, removals, error, cosine, labels,
+        lens.layer, target, triple.feature, triple.negation, triple.sentiment, value, rank, triple.coverage,
+        triple.contribution, triple.auroc, triple.means, removals, error, cosine, labels,
     )  # fmt: skip
+
+
+def _both_active(lens: FeatureLayer, triple: _Triple, group: Tensor) -> Tensor:
+    """Tell in which sentences both the negation and the sentiment feature are active at the adjective."""
+    x = activations(lens.model, to_rows(lens.model, group), [lens.hook_in])[lens.hook_in][:, -1]
+    return (lens.inp.encode(x)[:, [triple.negation, triple.sentiment]] != 0).all(1)
 
 
 def _control(lens: FeatureLayer, triple: _Triple, groups: Sequence[Tensor]) -> float:

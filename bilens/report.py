@@ -226,8 +226,9 @@ def _negation(found: NegationCircuit) -> str:
         f"<section><h2>Sentiment negation: “{sentences[found.target]}”, in layer {found.layer}</h2>"
         + _table(("role", "feature", "most active at", "AUROC"), rows)
         + f"<p>The weights give {pair} the coefficient <b>{found.coefficient:+.3f}</b> in the output feature, number "
-        f"{found.rank} of all its pairs by strength; on the template sentences it contributes "
-        f"{found.contribution:+.2f} to the pre-activation on average.{cosine}</p><div class=row>"
+        f"{found.rank} of all its pairs by strength. In the {100 * found.coverage:.0f} % of the template sentences "
+        f"where both are active, it contributes {found.contribution:+.2f} to the pre-activation on average; the "
+        f"removals below are over those.{cosine}</p><div class=row>"
         + _plot(
             plots.bars(means, "Output feature by kind of sentence", "mean pre-activation", [sentences[found.target]])
         )

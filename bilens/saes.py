@@ -19,6 +19,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .checkpoints import EMBEDDED, CheckpointError, assets, read_safetensors
 from .transformer import BilinearTransformer
@@ -386,6 +387,80 @@ def fit(
     return saes
 
 
+def finetune(
+    model: BilinearTransformer,
+    sae: SAE,
+    dataset: Sequence[str] | Int[Tensor, "row seq"],
+    *,
+    hook: str | None = None,
+    tokens: int = 500_000,
+    windows: int = 16,
+    lr: float = 6e-4,
+    fvu_weight: float = 0.1,
+    seed: int = 0,
+    autocast: bool = False,
+) -> SAE:
+    """Fine-tune a fitted SAE, in place, on what its reconstruction does to the model's predictions.
+
+    Minimises `KL(p ‖ p_spliced) + fvu_weight · FVU`: a short run takes away part of the loss that splicing adds, which
+    a fit to the activations alone leaves, for a little more FVU. Decoder rows keep unit norm; the model is not changed.
+
+    Args:
+        model: The model, in eval mode.
+        sae: A top-k SAE with unit decoder rows, as `fit` returns.
+        dataset: Texts, or windows of token ids. BOS and padding are not spliced.
+        hook: Where it goes; by default where it says it was fitted.
+        tokens: How many token positions to train on, padding counted.
+        windows: Windows of text per step.
+        lr: Adam's rate, decayed linearly to zero.
+        fvu_weight: Weight of the fraction of variance unexplained.
+        seed: Of the order of the windows.
+        autocast: bfloat16 matrix products.
+    """
+    hook = hook or sae.cfg.metadata.hook_name
+    layer, rows = layer_of(hook), to_rows(model, dataset)
+    steps = max(1, tokens // (windows * rows.tokens.shape[1]))
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * windows / len(rows.tokens))
+    picked = torch.cat([torch.randperm(len(rows.tokens), generator=generator) for _ in range(epochs)])
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    progress = tqdm(range(steps), desc=f"fine-tuning {hook}")
+    for step in progress:
+        some = Rows(*(part[picked[step * windows : (step + 1) * windows]] for part in rows))
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        with torch.autocast(model.W_E.device.type, torch.bfloat16, enabled=autocast):
+            divergence, fvu = _splicing_loss(model, sae, hook, layer, some)
+        optimizer.zero_grad()
+        (divergence + fvu_weight * fvu).backward()
+        optimizer.step()
+        with torch.no_grad():
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        progress.set_postfix(kl=f"{divergence.item():.4f}", fvu=f"{fvu.item():.3f}")
+    for parameter in model.parameters():
+        parameter.grad = None
+    return sae.eval()
+
+
+def _splicing_loss(
+    model: BilinearTransformer, sae: SAE, hook: str, layer: int, rows: Rows
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the divergence of the spliced model's predictions from its own, per position, and the batch's FVU."""
+    seen = {}
+
+    def splice(x: Tensor, hook: object) -> Tensor:
+        seen["x"], seen["new"] = x.detach(), sae.decode(sae.encode(x.detach())).to(x.dtype)
+        return torch.where(rows.counts[..., None], seen["new"], x.detach())
+
+    with torch.no_grad():
+        resid = model(rows.tokens, attention_mask=rows.attend, stop_at_layer=layer)
+        clean = model(resid, attention_mask=rows.attend, start_at_layer=layer)[rows.counts].log_softmax(-1)
+    with model.hooks(fwd_hooks=[(hook, splice)]):
+        spliced = model(resid, attention_mask=rows.attend, start_at_layer=layer)[rows.counts].log_softmax(-1)
+    x, new = (seen[name][rows.counts].float() for name in ("x", "new"))
+    divergence = torch.nn.functional.kl_div(spliced.float(), clean.float(), log_target=True, reduction="batchmean")
+    return divergence, (x - new).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+
+
 def _key(hook: str) -> str:
     return hook.replace(".", "_")
 
@@ -638,11 +713,17 @@ class Contexts:
         return sorted(counted, key=counted.get, reverse=True)[:n]
 
     def label(self, feature: int, model: BilinearTransformer, n: int = 3) -> str:
-        """Name a feature by its top tokens, and by what precedes them where the token alone says little."""
+        """Name a feature by its top tokens, and by the word before them that most of its contexts share, if any."""
+        windows = [window for window in self.tokens[feature].tolist() if window[self.peak] >= 0]
+        if not windows:
+            return "(never active)"
         words = self.top_tokens(feature, model, n)
         if len(words) == 1:  # always the same token: show the words before it, which tell such features apart
             return self.snippet(feature, 0, model, before=3, after=0)
-        return " / ".join(words) or "(never active)"
+        before = [token for window in windows for token in {*window[self.peak - 3 : self.peak]} if token >= 0]
+        shared = max(before, key=before.count, default=None)
+        cue = shared is not None and before.count(shared) > 0.7 * len(windows)
+        return f"{model.tokenizer.id_to_token(shared)} … {' / '.join(words)}" if cue else " / ".join(words)
 
     def snippet(self, feature: int, n: int, model: BilinearTransformer, before: int = 8, after: int = 4) -> str:
         """Return one window as text, the peak in square brackets."""

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from sae_lens import SAE
 from train_language import is_held_out, read_corpus
 
 import bilens
@@ -30,19 +31,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", help="which layers (default: all)")
     parser.add_argument("--expansion", type=int, default=4)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--tokens", type=float, default=6e6, help="activations to train on")
+    parser.add_argument("--tokens", type=float, default=5e6, help="activations to train on")
+    parser.add_argument("--finetune-below", type=float, default=0.92, help="fine-tune SAEs that recover less loss")
+    parser.add_argument("--finetune-tokens", type=float, default=2.5e5, help="tokens to fine-tune them on")
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--texts", type=int, default=40_000, help="texts to draw the activations from")
-    parser.add_argument("--held-out-texts", type=int, default=200, help="per corpus, for the evaluation")
-    parser.add_argument("--context-texts", type=int, default=2000, help="per corpus, for the top contexts")
+    parser.add_argument("--held-out-texts", type=int, default=120, help="per corpus, for the evaluation")
+    parser.add_argument("--context-texts", type=int, default=700, help="per corpus, for the top contexts")
     parser.add_argument("--holdout", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Fit, round to bfloat16, evaluate what was rounded, store contexts."""
+    """Fit, evaluate, and fine-tune those SAEs that recover too little of the model's loss."""
     args = parse_args()
     model = bilens.load(args.model)
     layers = args.layers or range(model.cfg.n_layers)
@@ -69,20 +72,30 @@ def main() -> None:
     done = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
     test = [text for texts in held_out.values() for text in texts[: args.held_out_texts]]
     show = [text for texts in kept.values() for text in texts[: args.context_texts]]
-    for hook, sae in fitted.items():
-        if hook in done:
-            continue
-        saes.save(sae, args.out / hook, torch.bfloat16)
-        sae = saes.load(args.out, hook)
-        result = saes.evaluate(model, sae, test)
-        saes.contexts(model, sae, show).save(args.out / hook / "contexts.safetensors")
-        done[hook] = asdict(result) | {"recovered": result.recovered, "recovered_mean": result.recovered_mean}
-        evaluation_file.write_text(json.dumps(done, indent=1))
-        print(
-            f"{hook}: FVU {result.fvu:.3f}, L0 {result.l0:.1f}, dead {100 * result.dead:.1f} %, loss recovered "
-            f"{result.recovered:.3f} (against mean ablation {result.recovered_mean:.3f})",
-            flush=True,
-        )
+    for hook in fitted:
+        if hook not in done:
+            done[hook] = finish(model, fitted[hook], args.out / hook, test, show)
+            evaluation_file.write_text(json.dumps(done, indent=1))
+        if done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
+            sae = saes.load(args.out, hook)
+            saes.finetune(model, sae, shuffled[: args.texts // 8], tokens=int(args.finetune_tokens), autocast=True)
+            again = finish(model, sae, args.out / hook, test, show)
+            done[hook] = again | {"fine-tuned": int(args.finetune_tokens), "recovered before": done[hook]["recovered"]}
+            evaluation_file.write_text(json.dumps(done, indent=1))
+
+
+def finish(model: bilens.BilinearTransformer, sae: SAE, folder: Path, test: list[str], show: list[str]) -> dict:
+    """Store an SAE rounded to bfloat16 with its contexts, and evaluate what was stored."""
+    saes.save(sae, folder, torch.bfloat16)
+    sae = saes.load(folder.parent, folder.name)
+    saes.contexts(model, sae, show, n=6).save(folder / "contexts.safetensors")
+    result = saes.evaluate(model, sae, test)
+    print(
+        f"{folder.name}: FVU {result.fvu:.3f}, L0 {result.l0:.1f}, dead {100 * result.dead:.1f} %, loss recovered "
+        f"{result.recovered:.3f} (against mean ablation {result.recovered_mean:.3f})",
+        flush=True,
+    )
+    return asdict(result) | {"recovered": result.recovered, "recovered_mean": result.recovered_mean}
 
 
 if __name__ == "__main__":

@@ -580,7 +580,9 @@ def test_deleting_a_model_frees_it(make_model):
 def test_gradients_flow_and_no_switch_is_left_behind(plain, tokens):
     plain(tokens, "loss").backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in plain.parameters())
-    plain.generate(tokens, 2)
+    tracked = []
+    plain.generate(tokens, 2, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: tracked.append(x.requires_grad))])
+    assert tracked == [False, False]
     assert torch.is_grad_enabled()
 
 
@@ -657,6 +659,8 @@ def test_stop_and_start_meet(model, layer):
     reached = ("hook_embed", *(f"blocks.{i}." for i in range(ran)))
     assert set(partial.keys()) == {name for name in model.hook_dict if name.startswith(reached)}
     assert_close(model(stopped, attention_mask=mask, start_at_layer=layer), logits)
+    loss = model(stopped, "loss", attention_mask=mask, start_at_layer=layer, tokens=tokens)
+    assert_close(loss, model(tokens, "loss", attention_mask=mask))
 
 
 def test_start_and_stop_run_the_blocks_between(make_model, tokens):
@@ -840,7 +844,10 @@ ONE = torch.tensor([[1, 5, 6]])
         (lambda model: model(ONE, stop_at_layer=-3), "stop_at_layer must lie between -2 and 2 .* got -3"),
         (lambda model: model(torch.zeros(1, 2, 16), start_at_layer=3), "start_at_layer must lie between"),
         (lambda model: model("the", start_at_layer=1), "start_at_layer takes a residual stream .*, got str"),
-        (lambda model: model(torch.zeros(1, 2, 16).double(), "loss", start_at_layer=1), '"loss" needs token ids'),
+        (
+            lambda model: model(torch.zeros(1, 2, 16).double(), "loss", start_at_layer=1),
+            "needs token ids: .* as tokens=",
+        ),
         (lambda model: model.to_tokens("the", padding_side="middle"), "padding_side .* got 'middle'"),
         (lambda model: model.generate("the", temperature=-1.0), "temperature must be 0 .* got -1.0"),
         (lambda model: model.generate("the", top_k=0), "top_k must be at least 1 or None, got 0"),
