@@ -126,7 +126,7 @@ def print_negation(console: Console, found: "NegationCircuit") -> None:
     for role, index in (("negation", found.negation), ("sentiment", found.sentiment)):
         console.print(f"  {role} feature {index}: {found.labels[role]}", markup=False)
     console.print(
-        f"  coefficient {found.coefficient:+.3f}, number {found.rank} of all pairs; mean pre-activation "
+        f"  coefficient {found.coefficient:+.3f}, number {found.rank} of its pairs by strength; mean pre-activation "
         + ", ".join(f"{name} {value:.2f}" for name, value in found.removals.items())
     )
 

@@ -13,7 +13,7 @@ DIVERGING = [[0, NEGATIVE], [0.5, "#ffffff"], [1, POSITIVE]]
 
 
 def _figure(
-    *traces: go.Scatter | go.Heatmap | go.Bar, width: int = 560, height: int = 380, **layout: object
+    *traces: go.Scatter | go.Heatmap | go.Bar, width: int = 520, height: int = 380, **layout: object
 ) -> go.Figure:
     """Return a figure in the house's look."""
     figure = go.Figure(data=list(traces))
@@ -72,7 +72,7 @@ def interaction_matrix(matrix: Float[Tensor, "n n"], labels: Sequence[str]) -> g
         zmin=-limit,
         zmax=limit,
     )
-    figure = _figure(trace, width=640, height=520, title="Interactions of its strongest input features")
+    figure = _figure(trace, width=520, height=480, title="Interactions of its strongest input features")
     ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": [_short(label) for label in labels]}
     figure.update_xaxes(tickangle=45, automargin=True, **ticks)
     figure.update_yaxes(autorange="reversed", automargin=True, **ticks)
@@ -143,7 +143,7 @@ def cosine_plane(points: Float[Tensor, "n 2"], labels: Sequence[str], axes: tupl
         customdata=list(labels),
         hovertemplate="%{customdata}: (%{x:.2f}, %{y:.2f})<extra></extra>",
     )
-    figure = _figure(trace, width=640, height=520, title="Its input features in the plane of the two eigenvectors")
+    figure = _figure(trace, width=520, height=480, title="Its input features in the plane of the two eigenvectors")
     limit = 1.25 * max(points.abs().max().item(), torch.finfo(points.dtype).eps)
     figure.update_xaxes(title=f"cosine with {axes[0]}", range=[-limit, limit])
     figure.update_yaxes(title=f"cosine with {axes[1]}", range=[-limit, limit])

@@ -28,7 +28,7 @@ th, td { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; }
 th { border-bottom: 1px solid #cbd2d9; font-weight: 600; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .row { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; }
-.contexts { font-size: 13px; max-width: 560px; }
+.contexts { font-size: 13px; max-width: 520px; }
 .contexts p { margin: 2px 0; }
 .contexts span { border-radius: 3px; padding: 0 1px; }
 h1 { font-size: 26px; } h2 { font-size: 19px; } h3 { font-size: 15px; margin: 12px 0 4px; }
@@ -167,7 +167,7 @@ def _feature(lens: FeatureLayer, one: FeatureReport, is_open: bool) -> str:
         blocks.append(_contexts(lens, lens.out_contexts, one.feature, "Where it is most active"))
     figures = [
         plots.spectrum(one.values),
-        plots.prediction(p.actual, p.predicted, f"{fit[:1].upper()}{fit[1:]} ({p.n_active} active positions)"),
+        plots.prediction(p.actual, p.predicted, f"Prediction at {p.n_active} active positions"),
         plots.interaction_matrix(matrix, labels),
         plots.cosine_plane(cosines, labels, names),
     ]

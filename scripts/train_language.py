@@ -199,19 +199,24 @@ def rate(step: int, steps: int, warmup: float, decay: float) -> float:
     return min(1.0, (step + 1) / max(1, warmup * steps), (steps - step) / max(1, decay * steps))
 
 
-def save_checkpoint(path: Path, model: BilinearTransformer, optimizers: list, step: int, fingerprint: str) -> None:
-    """Write weights and optimiser state in one safetensors file, atomically."""
+def save_checkpoint(
+    path: Path, model: BilinearTransformer, optimizers: list, step: int, recent: list[float], fingerprint: str
+) -> None:
+    """Write weights, optimiser state and the losses since the last log row in one safetensors file, atomically."""
     tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"step": str(step), "fingerprint": fingerprint})
+    metadata = {"step": str(step), "recent": json.dumps(recent), "fingerprint": fingerprint}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path, model: BilinearTransformer, optimizers: list, fingerprint: str) -> int:
-    """Restore a checkpoint and return the step to go on with."""
+def load_checkpoint(
+    path: Path, model: BilinearTransformer, optimizers: list, fingerprint: str
+) -> tuple[int, list[float]]:
+    """Restore a checkpoint; return the step to go on with and the losses since the last log row."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     if metadata["fingerprint"] != fingerprint:
@@ -228,7 +233,7 @@ def load_checkpoint(path: Path, model: BilinearTransformer, optimizers: list, fi
                 _, _, index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(metadata["step"])
+    return int(metadata["step"]), json.loads(metadata["recent"])
 
 
 def train(args: argparse.Namespace) -> None:
@@ -279,14 +284,16 @@ def train(args: argparse.Namespace) -> None:
     peaks = {id(muon): args.lr, id(adamw): args.lr_embed}
     model = model.to(accelerator.device)
     checkpoint = args.out / "checkpoint.safetensors"
-    first = load_checkpoint(checkpoint, model, [muon, adamw], fingerprint) if checkpoint.exists() else 0
+    first, recent = 0, []
+    if checkpoint.exists():
+        first, recent = load_checkpoint(checkpoint, model, [muon, adamw], fingerprint)
     wrapped = accelerator.prepare_model(torch.compile(model) if args.compile else model)
     if args.wandb:
         accelerator.init_trackers(args.wandb, settings)
 
     log = Log(args.out / "log.csv", first, accelerator) if main else None
     progress = tqdm(range(first, steps), initial=first, total=steps, desc="training", disable=not main)
-    micro_steps, recent, clock = args.batch // per_step, [], time.perf_counter()
+    micro_steps, clock = args.batch // per_step, time.perf_counter()
     for step in progress:
         for optimizer in (muon, adamw):
             for group in optimizer.param_groups:
@@ -307,13 +314,13 @@ def train(args: argparse.Namespace) -> None:
             raise SystemExit(f"loss is {recent[-1]} at step {step}: lower --lr; the last checkpoint is {checkpoint}")
         done = step + 1
         progress.set_postfix(loss=f"{recent[-1]:.3f}")
-        if main and (done % args.checkpoint_every == 0 or done == steps):
-            save_checkpoint(checkpoint, model, [muon, adamw], done, fingerprint)
         if main and (done % args.eval_every == 0 or done == steps):
             losses = {name: held_out_loss(model, *rows, args.micro_batch) for name, rows in held_out.items()}
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             log.write(done, done * args.batch * args.context, sum(recent) / len(recent), losses, seconds)
             recent = []
+        if main and (done % args.checkpoint_every == 0 or done == steps):
+            save_checkpoint(checkpoint, model, [muon, adamw], done, recent, fingerprint)
     if main:
         model.to(torch.bfloat16).to(torch.float32)  # evaluate the weights as they are stored
         export(args, model, settings, {name: held_out_loss(model, *rows, 32) for name, rows in held_out.items()})

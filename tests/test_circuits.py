@@ -98,3 +98,16 @@ def test_errors_name_the_argument(lens):
         circuits.find_negation({1: lens}, ("plain", "positive"))
     with pytest.raises(ValueError, match="layer must lie between 0 and 1"):
         FeatureLayer.load(lens.model, 2)
+
+
+def test_the_embedded_model_has_a_negation_circuit_that_holds_when_run():
+    import bilens
+
+    model = bilens.load("bilens-mini")
+    lenses = {layer: FeatureLayer.load(model, layer) for layer in range(model.cfg.n_layers)}
+    found = circuits.find_negation(lenses)
+    before, control = found.removals["as it is"], found.removals["without another feature"]
+    for role in ("negation", "sentiment"):
+        assert before - found.removals[f"without {role}"] > 3 * abs(before - control)
+    assert max(found.means, key=found.means.get) == found.target
+    assert found.prediction_error < 1e-4

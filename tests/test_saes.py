@@ -178,6 +178,17 @@ def test_the_stream_resumes_at_any_batch(model, windows):
         torch.testing.assert_close(next(stream(first))[HOOKS[0]], straight[first][HOOKS[0]], rtol=0, atol=0)
 
 
+def test_fine_tuning_lowers_the_divergence_and_leaves_the_model_alone(model, windows, fitted):
+    sae = fitted[0][HOOKS[1]]
+    before, weights = saes.evaluate(model, sae, windows), saes.fingerprint(model)
+    saes.finetune(model, sae, windows, tokens=16 * 8 * 60, windows=8, lr=3e-3, fvu_weight=0.0)
+    after = saes.evaluate(model, sae, windows)
+    assert abs(after.loss_spliced - after.loss) < 0.8 * abs(before.loss_spliced - before.loss)
+    assert saes.fingerprint(model) == weights
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+
+
 def test_evaluation_by_hand(model, windows, fitted):
     sae, hook = fitted[0][HOOKS[1]], HOOKS[1]
     result = saes.evaluate(model, sae, windows, batch=7)
@@ -225,6 +236,7 @@ def test_contexts_are_the_strongest_positions(model, fitted, tmp_path):
     assert torch.equal(reread.tokens, found.tokens)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors_name_the_argument(model, windows, tmp_path):
     with pytest.raises(ValueError, match="hooks must be a list"):
         saes.fit(model, windows, "blocks.0.hook_mlp_in", folder=tmp_path)
