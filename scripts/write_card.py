@@ -98,11 +98,17 @@ def _saes(evaluation: dict) -> str:
         for hook, e in evaluation.items()
     )
     tokens = next(iter(evaluation.values()))["tokens"]
+    tuned = [
+        f"{hook} ({e['fine-tuned']:,} tokens, loss recovered {e['recovered before']:.3f} before)"
+        for hook, e in evaluation.items()
+        if "fine-tuned" in e
+    ]
+    note = f" Fine-tuned on the model's loss after the fit: {', '.join(tuned)}." if tuned else ""
     return f"""## Sparse autoencoders
 
 Top-k SAEs in SAELens' format (`SAE.load_from_disk` reads them), weights stored in bfloat16, made by
-`scripts/fit_saes.py`; the settings are in each `cfg.json`. `contexts.safetensors` holds the token windows at which each
-feature is most active. Evaluated as stored, on {tokens:,} held-out tokens of both corpora (BOS left out): fraction of
+`scripts/fit_saes.py`; the settings are in each `cfg.json`.{note}
+`contexts.safetensors` holds the token windows at which each feature is most active. Evaluated as stored, on {tokens:,} held-out tokens of both corpora (BOS left out): fraction of
 variance unexplained, active features per token, features never active, loss with the reconstruction spliced in, with
 zero instead, and the loss recovered against zero and against mean ablation.
 
