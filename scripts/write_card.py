@@ -108,9 +108,11 @@ def _saes(evaluation: dict) -> str:
 
 Top-k SAEs in SAELens' format (`SAE.load_from_disk` reads them), weights stored in bfloat16, made by
 `scripts/fit_saes.py`; the settings are in each `cfg.json`.{note}
-`contexts.safetensors` holds the token windows at which each feature is most active. Evaluated as stored, on {tokens:,} held-out tokens of both corpora (BOS left out): fraction of
-variance unexplained, active features per token, features never active, loss with the reconstruction spliced in, with
-zero instead, and the loss recovered against zero and against mean ablation.
+`contexts.safetensors` holds the token windows at which each feature is most active.
+
+Evaluated as stored, on {tokens:,} held-out tokens of both corpora (BOS left out): fraction of variance unexplained,
+active features per token, features never active, loss with the reconstruction spliced in, with zero instead, and the
+loss recovered against zero and against mean ablation.
 
 | hook point | FVU | L0 | dead | loss | spliced | zero | recovered | recovered (mean) |
 |---|---|---|---|---|---|---|---|---|
