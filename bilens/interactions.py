@@ -1,23 +1,71 @@
-"""Exact ranking of the pairwise interactions of a whole layer, streamed over output features."""
+"""Exact ranking of the pairwise interactions of a whole layer: streamed, certified, sharded.
 
+Every coefficient is looked at once in low precision, where a matrix product is cheap; a bound on the rounding error
+says which ones could still be among the strongest; those are computed again in float64. Notation of the code: for one
+output feature, `M` is the interaction matrix in the residual basis, `D` the writers, `A = D M`, and `S = |A Dᵀ|` is
+half the magnitude of each coefficient.
+"""
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .tensor import BilinearTensor
 
-BLOCK_BYTES = 1 << 26  # of the largest intermediate: output features at once times n_in²
+SAVE_EVERY = 1.0  # seconds between two checkpoints
+_SCRATCH = 1 << 24  # bytes that the libraries take for themselves
+_FLOAT32_ROUNDOFF = 2.0**-24
+_SETTLED = 1e-12  # relative slack of a coefficient that was verified in float64
+_TIE = 1 - 2.0**-20  # coefficients closer than this may tie, and then the index decides
+_WIDTHS = 32  # matrix products in bfloat16 want legs that are a multiple of this
 
 
-class Interactions(NamedTuple):
-    """Feature pairs and the coefficient of `z_left · z_right` in an output feature, strongest |value| first."""
+@dataclass(frozen=True)
+class Certificate:
+    """What was done to make a ranking exact.
 
+    `screened` coefficients were computed in `dtype`. Each is within `bound` of the exact value (the largest of the
+    bounds, in the unit of the coefficients); the `verified` ones, whose bound reaches the k-th strongest, were computed
+    again in float64. `error` is the largest difference of the two, which must not and did not exceed its bound.
+    """
+
+    screened: int
+    verified: int
+    bound: float
+    error: float
+    dtype: torch.dtype
+
+
+class _Pairs(NamedTuple):
     out: Int[Tensor, " k"]
     left: Int[Tensor, " k"]
     right: Int[Tensor, " k"]
     value: Float[Tensor, " k"]
+
+
+class Interactions(_Pairs):
+    """Feature pairs and the coefficient of `z_left · z_right` in an output feature, strongest |value| first.
+
+    A tuple `(out, left, right, value)` of tensors `[k]`. Two attributes beside it: `certificate`, and `per_output`, the
+    m strongest of each output feature one feature after the other, where they were asked for.
+    """
+
+    certificate: Certificate | None = None
+    per_output: "Interactions | None" = None
 
     def __repr__(self) -> str:
         if not len(self.value):
@@ -32,77 +80,701 @@ def top_interactions(
     k: int,
     out: Float[Tensor, "n_out out"] | None = None,
     inp: Float[Tensor, "n_in inp"] | None = None,
+    *,
+    per_output: int | None = None,
+    exclude_self: bool = False,
+    memory: int = 1 << 30,
+    progress: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+    checkpoint: str | os.PathLike | None = None,
+    screen: torch.dtype | None = None,
 ) -> Interactions:
     """Find the k strongest coefficients over all output features and all unordered pairs of input features, exactly.
 
     The coefficient of `z_i z_j` in output feature o is `Q_ii` on the diagonal and `2 Q_ij` for `i < j`, where
     `Q = D · B.matrix(readers_o) · Dᵀ` and D holds the writers (2410.08417, section 3.1; its Figure 27 counts pairs the
-    same way). Every entry of every matrix is looked at; ties go to the smaller (out, left, right).
+    same way). Every coefficient is screened in low precision; all whose error bound reaches the k-th strongest are
+    verified in float64. Ties, to float32 (for float64 inputs: to 40 bits), go to the smaller (out, left, right).
+
+    The bound covers the rounding of both factors of each product and of its result in full, through norms measured on
+    the rounded numbers themselves. Sums in float32 are granted an error of 4 sqrt(n) roundoffs for n terms (the
+    probabilistic bound of Higham and Mary, 2019). Every verified coefficient is checked against its bound.
 
     Args:
         B: The layer, in the basis that `out` reads and `inp` writes.
         k: How many; all of them if there are fewer.
         out: Readers, one output feature per row; `None` for the output basis itself.
         inp: Writers, one input feature per row; `None` for the input basis itself.
+        per_output: Find also the strongest `per_output` of each output feature: `.per_output` of the result.
+        exclude_self: Leave out `i = j`.
+        memory: Bytes that may be allocated beyond the arguments and the result.
+        progress: Show a progress bar.
+        group: Divide the output features over the ranks of this process group, which must all call with the same
+            arguments. Every rank gets the same result, bit for bit that of one process.
+        checkpoint: Folder to keep the state of the search in. A search that was killed goes on from there; the state of
+            another search is refused.
+        screen: Dtype to screen in. By default bfloat16 where the device multiplies it natively, else float32.
 
     Returns:
-        `out`, `left <= right`, `value`. If `B` has a constant leg, index `n_in` stands for it. Half precision is
-        computed in float32.
+        `out`, `left <= right`, `value`, with `certificate` (and `per_output`). If `B` has a constant leg, index `n_in`
+        stands for it. Values are float64 for float64 inputs, else float32.
 
     Raises:
-        ValueError: `k` below 1, a basis of another width, or an interaction that is NaN or infinite.
+        ValueError: `k` or `per_output` below 1, a basis of another width, NaN or infinite weights, `memory` too small,
+            a process group that cannot hold the tensors, or a checkpoint of another search.
+        RuntimeError: The device's products are less exact than the bound grants them.
 
-    Cost: `n_in · inp · (n_in + inp)` products per output feature, beside `hidden · inp²` for its matrix; memory of a
-    few times `max(64 MiB, n_in²)` beyond the result, whatever `n_out`.
+    Cost: per output feature `n_in² · inp` floating-point operations in the screening dtype (half of each symmetric
+    matrix), `2 n_in · inp²` for `A`, and its matrix.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if out is not None and (out.ndim != 2 or out.shape[1] != B.out):
-        raise ValueError(f"out must have shape [n_out, {B.out}], got {list(out.shape)}")
-    dtype = torch.promote_types(B.down.dtype, torch.float32)
-    B = B.to(dtype)
-    readers = torch.eye(B.out, dtype=dtype, device=B.down.device) if out is None else out.to(dtype)
-    writers = None if inp is None else _with_constant(inp.to(dtype), B)
-    n_in = B.inp if writers is None else len(writers)
-    n_at_once = max(1, BLOCK_BYTES // max(1, n_in**2 * dtype.itemsize))
-    best = Interactions(*(readers.new_empty(0, dtype=torch.long) for _ in range(3)), readers.new_empty(0))
-    for start in range(0, len(readers), n_at_once):
-        matrices = B.matrix(readers[start : start + n_at_once])
-        if writers is not None:
-            matrices = writers @ matrices @ writers.T
-        best = _merge(best, _strongest(matrices, start, k, best), k)
-    return best
+    _check(B, k, out, inp, per_output, group)
+    search = _Search.of(B, k, out, inp, per_output, exclude_self, memory, screen)
+    shard = range(search.n_out)
+    if group is not None:
+        shard = shard[_share(search.n_out, group)]
+    state = None if checkpoint is None else _State(Path(checkpoint), search, shard, group)
+    found = search.run(shard, progress, state)
+    if group is not None:
+        found = {name: pool.gather(group) for name, pool in found.items()}
+        search.share_tally(group)
+    return search.finish(found)
+
+
+def _check(B: BilinearTensor, k: int, out: Tensor | None, inp: Tensor | None, per_output: int | None, group) -> None:
+    for name, number in (("k", k), ("per_output", per_output)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    width = B.inp - B.constant
+    for name, basis, rows, size in (("out", out, "n_out", B.out), ("inp", inp, "n_in", width)):
+        if basis is not None and (basis.ndim != 2 or basis.shape[1] != size):
+            raise ValueError(f"{name} must have shape [{rows}, {size}], got {list(basis.shape)}")
+    tensors = {"B.down": B.down, "B.left": B.left, "B.right": B.right, "out": out, "inp": inp}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if tensor.device != B.down.device:
+            raise ValueError(f"{name} must be on the device of B.down, {B.down.device}, but is on {tensor.device}")
+        bad = ~tensor.isfinite().all(1)
+        if bad.any():
+            raise ValueError(f"{name} must be finite, but its row {bad.nonzero()[0].item()} is NaN or infinite")
+    if group is not None:
+        backends = dist.get_backend_config(group)
+        if f"{B.down.device.type}:" not in backends:
+            raise ValueError(f"the tensors are on {B.down.device}, where group cannot communicate: it is {backends}")
+
+
+def _share(n_out: int, group) -> slice:
+    """Return the output features of this rank: consecutive, and as many for each as can be."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    return slice(rank * n_out // size, (rank + 1) * n_out // size)
+
+
+# -- candidates -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Coefficients that may be among the strongest: |½ coefficient| as screened, and how far off it may be."""
+
+    out: Tensor
+    left: Tensor
+    right: Tensor
+    size: Tensor  # float64, in scaled units; exact where slack is 0
+    slack: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "_Pool":
+        index, number = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device).double()
+        return cls(index, index, index, number, number)
+
+    def __len__(self) -> int:
+        return len(self.out)
+
+    def unsure(self) -> Tensor:
+        """Return which candidates have not been verified."""
+        return self.slack > _SETTLED * self.size
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.out, self.left, self.right, self.size, self.slack
+
+    def __getitem__(self, which: Tensor) -> "_Pool":
+        return _Pool(*(part[which] for part in self.parts()))
+
+    def __add__(self, other: "_Pool") -> "_Pool":
+        return _Pool(*(torch.cat(parts) for parts in zip(self.parts(), other.parts(), strict=True)))
+
+    def floor(self, k: int) -> Tensor:
+        """Return what the k-th strongest of the pool surely reaches, less what counts as a tie."""
+        if len(self) < k:
+            return self.size.new_tensor(-torch.inf)
+        return (self.size - self.slack).topk(k).values[-1] * _TIE
+
+    def floor_of_each(self, k: int, first: int, n: int) -> Tensor:
+        """Return the same for each of n output features."""
+        lower, floors = self.size - self.slack, self.size.new_full((n,), -torch.inf)
+        order = lower.argsort(descending=True)
+        order = order[self.out[order].argsort(stable=True)]
+        features, counts = self.out[order].unique_consecutive(return_counts=True)
+        full, starts = counts >= k, counts.cumsum(0) - counts
+        floors[features[full] - first] = lower[order[starts[full] + k - 1]] * _TIE
+        return floors
+
+    def gather(self, group) -> "_Pool":
+        """Return the candidates of all ranks, in the order of the ranks."""
+        counts = [self.out.new_empty(1) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, self.out.new_tensor([len(self)]), group=group)
+        most = int(max(counts))
+        parts = []
+        for part in self.parts():
+            padded = [part.new_empty(most) for _ in counts]
+            dist.all_gather(padded, torch.nn.functional.pad(part, (0, most - len(part))), group=group)
+            parts.append(torch.cat([row[:count] for row, count in zip(padded, counts, strict=True)]))
+        return _Pool(*parts)
+
+
+# -- the search -------------------------------------------------------------------------------------------------------
+
+
+def _screen_dtype(device: torch.device) -> torch.dtype:
+    """Return the fastest dtype whose products this device sums in float32."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _scaled(name: str, tensor: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor divided by a power of two, so that its largest entry is about 1, and that power's exponent."""
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) > 160:
+        raise ValueError(f"the largest entry of {name} must lie between 2^-160 and 2^160, got {largest:.3g}")
+    return tensor * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2), exponent
+
+
+def _padded(tensor: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How many things are held at once, within the memory granted."""
+
+    rows: int  # of a matrix in the symmetric product, while matrices are built
+    cube: bool  # whether the layer's own cube (half of it) is kept
+    matrices: int  # output features whose matrices are held
+    outputs: int  # of which so many are screened at once
+    inputs: int  # input features in one tile
+    look: int  # rows of a tile that are searched for candidates at once
+
+    @classmethod
+    def of(cls, search: "_Search", memory: int) -> "_Plan":
+        n_out, n_in, d, hidden, B_out = search.n_out, search.n_in, search.width, search.hidden, search.B_out
+        item = search.dtype.itemsize
+        packed = 2  # products keep a second copy of one factor
+        fixed = search.bytes + packed * n_in * d * item + memory // 8  # the last for the factors in float64
+        candidates = 200 * search.k + 200 * (search.per_output or 0) * n_out + _SCRATCH
+        one_row = 3 * 4 * hidden * d
+        one_matrix = 4 * d * d
+        one_output = 4 * d * d + (2 + packed) * d * d * item + n_in * (d * item + 40)
+        one_tile = n_in * (item + 100)
+        least = fixed + candidates + one_row + one_matrix + one_output + one_tile
+        if memory < least:
+            least = (least - memory // 8) * 8 // 7 + 8
+            raise ValueError(f"memory must be at least {least} bytes for this layer and k, got {memory}")
+        free = memory - least
+        half_cube = 4 * B_out * d * (d + _WIDTHS) // 2
+        saves = B_out * hidden + n_out * B_out < n_out * hidden
+        cube = search.readers is not None and saves and half_cube <= free // 2
+        free -= half_cube if cube else 0
+        rows = _power_of_two(1 + free // 4 // one_row, at_most=_WIDTHS)
+        free -= (rows - 1) * one_row
+        outputs = min(n_out, 64, 1 + free // 3 // one_output)
+        free -= (outputs - 1) * one_output
+        matrices = min(n_out, max(outputs, min(64, free // 2 // one_matrix)))
+        tile = max(1 << 21, 1024 * n_in)  # entries: small enough for the cache, enough rows for a fast product
+        inputs = max(1, min(n_in, tile // (outputs * n_in), free // 8 // (n_in * item * outputs)))
+        look = max(1, min(1 << 20, free // 8) // (n_in * 100))
+        return cls(rows, cube, matrices, outputs, inputs, look)
+
+
+def _power_of_two(number: int, at_most: int) -> int:
+    return 1 << (min(number, at_most).bit_length() - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """One ranking: the arguments, scaled by powers of two so that nothing over- or underflows while screening."""
+
+    B: BilinearTensor
+    out: Tensor | None
+    inp: Tensor | None
+    k: int
+    per_output: int | None
+    exclude_self: bool
+    memory: int
+    dtype: torch.dtype
+    exponent: int  # exact value = 2 ** exponent · scaled value
+    readers: Tensor | None  # float32, scaled
+    down: Tensor
+    left: Tensor
+    right: Tensor
+    writers: Tensor  # in the screening dtype, scaled
+    writer_norm: Tensor  # of each row of the rounded writers
+    writer_error: Tensor  # norm of what the rounding took from each row
+    tally: dict = field(default_factory=lambda: {"verified": 0, "bound": 0.0, "error": 0.0})
+
+    @classmethod
+    def of(cls, B, k, out, inp, per_output, exclude_self, memory, screen) -> "_Search":
+        dtype = _screen_dtype(B.down.device) if screen is None else screen
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"screen must be torch.bfloat16 or torch.float32, got {dtype}")
+        width = -(-B.inp // _WIDTHS) * _WIDTHS
+        down, e_down = _scaled("B.down", B.down)
+        (left, e_left), (right, e_right) = _scaled("B.left", B.left), _scaled("B.right", B.right)
+        readers, e_out = (None, 0) if out is None else _scaled("out", out)
+        eye = torch.eye(B.inp, dtype=down.dtype, device=down.device)
+        exact, e_inp = _scaled("inp", eye if inp is None else _with_constant(inp, B))
+        rounded = _padded(exact, width).to(dtype)
+        norm = torch.linalg.vector_norm(rounded.to(exact.dtype), dim=1) * (1 + 1e-6)
+        error = torch.linalg.vector_norm(rounded[:, : B.inp].to(exact.dtype) - exact, dim=1) * (1 + 1e-6)
+        return cls(
+            B, out, inp, k, per_output, exclude_self, memory, dtype, e_down + e_left + e_right + e_out + 2 * e_inp,
+            None if readers is None else readers.float(), down.float(),
+            _padded(left, width).float(), _padded(right, width).float(), rounded, norm.float(), error.float(),
+        )  # fmt: skip
+
+    @property
+    def n_out(self) -> int:
+        return self.B.out if self.out is None else len(self.out)
+
+    @property
+    def n_in(self) -> int:
+        return len(self.writers)
+
+    @property
+    def width(self) -> int:
+        return self.writers.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        return self.B.hidden
+
+    @property
+    def B_out(self) -> int:
+        return self.B.out
+
+    @property
+    def bytes(self) -> int:
+        """Size of the scaled copies."""
+        kept = [self.readers, self.down, self.left, self.right, self.writers, self.writer_norm, self.writer_error]
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+    @property
+    def wide(self) -> bool:
+        """Whether any argument is in float64."""
+        return torch.float64 in {t.dtype for t in (self.B.down, self.out, self.inp) if t is not None}
+
+    @property
+    def roundoff(self) -> float:
+        """Largest relative error of rounding a number to the screening dtype."""
+        return torch.finfo(self.dtype).eps / 2
+
+    def pools(self) -> dict[str, _Pool]:
+        names = ["all"] if self.per_output is None else ["all", "each"]
+        return {name: _Pool.empty(self.writers.device) for name in names}
+
+    def count(self, name: str) -> int:
+        """How many are wanted of a pool (of each output feature)."""
+        return self.k if name == "all" else self.per_output
+
+    def run(self, shard: range, progress: bool, state: "_State | None") -> dict[str, _Pool]:
+        """Return the candidates among some output features."""
+        start, pools = (shard.start, self.pools()) if state is None else state.load()
+        if self.n_in == 0 or start == shard.stop:
+            return pools
+        plan = _Plan.of(self, self.memory)
+        space = _Space(self, plan)
+        matrices = _Matrices(self, plan, space)
+        with tqdm(total=len(shard), initial=start - shard.start, unit="output", disable=not progress) as bar:
+            for first in range(start, shard.stop, plan.matrices):
+                last = min(first + plan.matrices, shard.stop)
+                M, error = matrices(first, last)
+                for begin in range(first, last, plan.outputs):
+                    some = slice(begin - first, min(begin + plan.outputs, last) - first)
+                    found = _Block(self, begin, M[some], error[some], pools["all"], space).screen(plan)
+                    pools = {name: found[name] if name == "all" else pools[name] + found[name] for name in pools}
+                bar.update(last - first)
+                if state is not None and (last == shard.stop or state.due()):
+                    state.save(last, pools)
+        return pools
+
+    @cached_property
+    def legs(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the factors in the feature bases, in float64, if they are small beside the memory granted."""
+        hidden = self.B.hidden
+        if 8 * hidden * (2 * self.n_in + self.n_out) > self.memory // 8:
+            return None
+        every_out = torch.arange(self.n_out, device=self.writers.device)
+        return self._legs(every_out, torch.arange(self.n_in, device=self.writers.device))
+
+    def _legs(self, outs: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B = self.B
+        down = B.down[outs].double() if self.out is None else self.out[outs].double() @ B.down.double()
+        if self.inp is None:
+            return down, B.left.double().T[features], B.right.double().T[features]
+        D = _with_constant(self.inp, B)[features].double()
+        return down, D @ B.left.double().T, D @ B.right.double().T
+
+    def exact(self, pool: _Pool) -> Tensor:
+        """Compute coefficients of the layer itself in float64, `Σ_h down (left_i right_j + left_j right_i)`."""
+        at_once = max(1, min(1024, self.memory // 16 // (64 * self.B.hidden)))
+        parts = zip(*(part.split(at_once) for part in (pool.out, pool.left, pool.right)), strict=True)
+        values = [self._exact(*some) for some in parts]
+        return torch.cat(values) if values else pool.size
+
+    def _exact(self, out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        o, i, j, legs = out, left, right, self.legs
+        if legs is None:
+            outs, o = out.unique(return_inverse=True)
+            features, ij = torch.cat((left, right)).unique(return_inverse=True)
+            legs, (i, j) = self._legs(outs, features), ij.chunk(2)
+        down, lefts, rights = legs
+        at_once = max(1, (1 << 17) // self.B.hidden)  # small enough for the cache
+        values = [
+            (down[o] * (lefts[i] * rights[j]).addcmul_(lefts[j], rights[i])).sum(1)
+            for o, i, j in zip(*(part.split(at_once) for part in (o, i, j)), strict=True)
+        ]
+        return torch.cat(values) * torch.where(left == right, 0.5, 1.0)
+
+    def verified(self, pool: _Pool) -> Tensor:
+        """Compute candidates in float64, and hold what was screened against it."""
+        exact = self.exact(pool)
+        off, new = (self.halved(exact) - pool.size).abs(), pool.unsure()
+        if (off > pool.slack).any():
+            raise RuntimeError(
+                f"a coefficient screened in {self.dtype} was off by {(off / pool.slack).max():.2g} times its bound: "
+                "products on this device are less exact than granted; pass screen=torch.float32"
+            )
+        if new.any():
+            self.tally["verified"] += int(new.sum())
+            for name, what in (("bound", pool.slack[new]), ("error", off[new])):
+                self.tally[name] = max(self.tally[name], what.max().item() * 2.0 ** (self.exponent + 1))
+        return exact
+
+    def strongest(self, pool: _Pool, name: str, enough: int = 0) -> _Pool:
+        """Drop what surely is not among the strongest; verify the likely ones if more than enough are left."""
+        pool, k = self._above_floor(pool, name), self.count(name)
+        if len(pool) <= enough:
+            return pool
+        likely = _order(pool, pool.size, name, k)
+        pool = self._above_floor(self._settled(pool, likely[pool.unsure()[likely]]), name)
+        if len(pool) > 2 * len(likely) + (1 << 14):  # too many to tell apart: ties, which go by index
+            pool = self._settled(pool, pool.unsure().nonzero()[:, 0])
+            pool = pool[_order(pool, self._key(pool.size), name, k)]
+        return pool
+
+    def _above_floor(self, pool: _Pool, name: str) -> _Pool:
+        if name == "all":
+            floor = pool.floor(self.k)
+        elif len(pool):
+            first, last = int(pool.out.min()), int(pool.out.max())
+            floor = pool.floor_of_each(self.per_output, first, last - first + 1)[pool.out - first]
+        else:
+            return pool
+        return pool[pool.size + pool.slack >= floor]
+
+    def _settled(self, pool: _Pool, which: Tensor) -> _Pool:
+        size, slack = pool.size.clone(), pool.slack.clone()
+        size[which] = self.halved(self.verified(pool[which]))
+        slack[which] = _SETTLED * size[which]
+        return replace(pool, size=size, slack=slack)
+
+    def halved(self, exact: Tensor) -> Tensor:
+        """Return half the magnitude of exact coefficients, in scaled units: what screening computes."""
+        return exact.abs() * 2.0 ** (-self.exponent - 1)
+
+    def share_tally(self, group) -> None:
+        """Put together what the ranks verified."""
+        mine = self.writers.new_tensor(list(self.tally.values()), dtype=torch.float64)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, mine, group=group)
+        every = torch.stack(every)
+        verified, (_, bound, error) = int(every[:, 0].sum()), every.amax(0).tolist()
+        self.tally.update(verified=verified, bound=bound, error=error)
+
+    def finish(self, pools: dict[str, _Pool]) -> Interactions:
+        """Verify the candidates in float64 and rank them."""
+        results = {}
+        for name, pool in pools.items():
+            pool = self.strongest(pool, name)
+            results[name] = self._rank(pool, self.verified(pool), name)
+        n_pairs = self.n_in * (self.n_in - 1) // 2 + (0 if self.exclude_self else self.n_in)
+        found = results["all"]
+        found.certificate = Certificate(self.n_out * n_pairs, dtype=self.dtype, **self.tally)
+        found.per_output = results.get("each")
+        return found
+
+    def _rank(self, pool: _Pool, exact: Tensor, name: str) -> Interactions:
+        """Sort by strength, then by index."""
+        best = pool[_order(pool, self._key(exact), name, self.count(name))]
+        index = (best.out * self.n_in + best.left) * self.n_in + best.right
+        by_index = index.argsort()
+        value = torch.empty_like(best.size)
+        value[by_index] = self.exact(best[by_index])  # once more, so that they do not depend on what else was verified
+        return Interactions(best.out, best.left, best.right, value if self.wide else value.float())
+
+    def _key(self, exact: Tensor) -> Tensor:
+        """Round what is sorted by, so that equal coefficients tie whatever the order of their summation."""
+        if not self.wide:
+            return exact.abs().float()
+        mantissa, exponent = exact.abs().frexp()
+        return torch.ldexp((mantissa * 2.0**40).round(), exponent.double())
+
+
+def _order(pool: _Pool, key: Tensor, name: str, k: int) -> Tensor:
+    """Return the k strongest (of each output feature), ties by index, as indices into the pool."""
+    order = pool.right.argsort(stable=True)
+    for part in (pool.left, pool.out):
+        order = order[part[order].argsort(stable=True)]
+    order = order[key[order].argsort(descending=True, stable=True)]
+    if name == "all":
+        return order[:k]
+    order = order[pool.out[order].argsort(stable=True)]
+    _, counts = pool.out[order].unique_consecutive(return_counts=True)
+    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return order[rank < k]
 
 
 def _with_constant(writers: Tensor, B: BilinearTensor) -> Tensor:
-    """Check the writers' width and let them pass the constant leg through."""
-    width = B.inp - B.constant
-    if writers.ndim != 2 or writers.shape[1] != width:
-        raise ValueError(f"inp must have shape [n_in, {width}], got {list(writers.shape)}")
+    """Give the writers the constant as one more leg and as one more writer, if there is one."""
     return torch.block_diag(writers, writers.new_ones(1, 1)) if B.constant else writers
 
 
-def _strongest(matrices: Float[Tensor, "n inp inp"], first: int, k: int, best: Interactions) -> Interactions:
-    """Return the pairs of a block of matrices that can still be among the k strongest; overwrites the matrices."""
-    matrices.diagonal(dim1=1, dim2=2).div_(2)  # now twice an entry is its coefficient, on the diagonal and off
-    low, high = matrices.aminmax() if matrices.numel() else (matrices.new_zeros(()),) * 2
-    if not (low.isfinite() and high.isfinite()):  # NaN is neither stronger nor weaker than a number: it would be lost
-        raise ValueError("B, out and inp must be finite, but some interactions are NaN or infinite")
-    threshold = matrices.new_zeros(())
-    if len(best.value) == k:
-        threshold = best.value[-1].abs() / 2
-    elif matrices.numel() > 2 * k:
-        threshold = matrices.triu().abs_().flatten().topk(k).values[-1]
-    if torch.maximum(-low, high) < threshold:
-        return Interactions(*(part[:0] for part in best))
-    out, left, right = ((matrices >= threshold) | (matrices <= -threshold)).nonzero(as_tuple=True)
-    upper = left <= right
-    out, left, right = out[upper], left[upper], right[upper]
-    return Interactions(out + first, left, right, 2 * matrices[out, left, right])
+class _Space:
+    """The large arrays of a search, allocated once: fresh memory costs more than what is computed in it."""
+
+    def __init__(self, search: _Search, plan: _Plan):
+        n, d, new = plan.outputs, search.width, search.writers.new_empty
+        self.piece = new(search.hidden * plan.rows * d, dtype=torch.float32)
+        self.part = new(plan.matrices * plan.rows * d, dtype=torch.float32)
+        self.M = new(plan.matrices * d * d, dtype=torch.float32)
+        self.lost = new(n * d * d, dtype=torch.float32)
+        self.low, self.low_lost = new(n * d * d), new(n * d * d)
+        self.A = new(search.n_in * n * d)
+        self.S = new(plan.inputs * n * search.n_in)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Return the front of an array in some shape."""
+        return getattr(self, name)[: math.prod(shape)].view(shape)
 
 
-def _merge(one: Interactions, other: Interactions, k: int) -> Interactions:
-    """Return the k strongest of two lists; `one` holds earlier output features, so a stable sort settles ties."""
-    merged = [torch.cat(parts) for parts in zip(one, other, strict=True)]
-    order = merged[3].abs().sort(descending=True, stable=True).indices[:k]
-    return Interactions(*(part[order] for part in merged))
+class _Matrices:
+    """Interaction matrices of many output features, in float32, from the half of the symmetric product that counts."""
+
+    def __init__(self, search: _Search, plan: _Plan, space: _Space):
+        self.search, self.rows, self.space = search, plan.rows, space
+        self.term_norm = torch.linalg.vector_norm(search.left, dim=1) * torch.linalg.vector_norm(search.right, dim=1)
+        self.cube = None
+        if plan.cube:
+            self.cube = [(start, search.down @ piece) for start, piece in self._pieces()]
+            self.cube_norm = torch.stack([p.pow(2).sum(1) for _, p in self.cube]).sum(0).mul(2).sqrt()
+
+    def _pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield `½ (left_k right_l + right_k left_l)` for some rows k and all l from there on, `[hidden, rows · l]`."""
+        left, right, (hidden, width) = self.search.left / 2, self.search.right, self.search.left.shape
+        for start in range(0, width, self.rows):
+            some = slice(start, start + self.rows)
+            piece = self.space.take("piece", hidden, self.rows, width - start)
+            torch.mul(left[:, some, None], right[:, None, start:], out=piece)
+            yield start, piece.addcmul_(right[:, some, None], left[:, None, start:]).flatten(1)
+
+    def __call__(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Return the matrices `[n, width, width]` and a bound on the Frobenius norm of their error."""
+        search, width, n = self.search, self.search.width, last - first
+        readers = None if search.readers is None else search.readers[first:last]
+        weights = search.down[first:last] if readers is None else readers @ search.down
+        M = self.space.take("M", n, width, width)
+        for start, piece in self._pieces() if self.cube is None else self.cube:
+            some = slice(start, start + self.rows)
+            part = self.space.take("part", n, piece.shape[1])
+            torch.mm(weights if self.cube is None else readers, piece, out=part)
+            M[:, some, start:] = part.view(n, self.rows, -1)
+            M[:, start:, some] = part.view(n, self.rows, -1).mT
+        roundoff = _FLOAT32_ROUNDOFF if torch.get_float32_matmul_precision() == "highest" else 2.0**-8
+        norm = torch.linalg.vector_norm(M, dim=(1, 2))
+        error = search.hidden**0.5 * (torch.linalg.vector_norm(weights * self.term_norm, dim=1) + norm)
+        if self.cube is not None:
+            error += search.B_out**0.5 * torch.linalg.vector_norm(readers * self.cube_norm, dim=1)
+        return M, 4 * roundoff * error
+
+
+def _spectral_bound(X: Float[Tensor, "n d d"]) -> Float[Tensor, " n"]:
+    """Bound the spectral norm of low-precision matrices from above.
+
+    With row slices `X_q` and `G_q = X_q X_qᵀ`, `‖X‖² ≤ Σ_q ‖X_q‖² = Σ_q ‖G_q‖` and `‖G‖⁴ ≤ ‖G⁴‖_F`. For a random
+    matrix that is about twice the norm itself, where the Frobenius norm is `sqrt(d) / 2` times as large. Cost `0.6 d³`.
+    What rounding takes from each product is added as a Frobenius norm.
+    """
+    n, d, _ = X.shape
+    slices, u = 4 if d % 4 == 0 else 1, torch.finfo(X.dtype).eps / 2
+    X = X.reshape(n * slices, d // slices, d)
+    G = torch.bmm(X, X.mT)
+    scale = torch.linalg.vector_norm(G.float(), dim=(1, 2), keepdim=True).clamp(min=1e-37)
+    G = (G.float() / scale).to(X.dtype)  # of norm 1, so that its powers do not underflow
+    H = torch.bmm(G, G)
+    fourth, second = (torch.linalg.vector_norm(part.float(), dim=(1, 2)) for part in (torch.bmm(H, H), H))
+    norm = ((fourth * (1 + 2 * u)).sqrt() + 2 * u * second).sqrt() + 4 * u
+    bound = (norm * scale[:, 0, 0]).view(n, slices).sum(1).sqrt()
+    return bound + 2.0**-50 * (bound > 1e-18)  # what underflows in the first product
+
+
+class _Block:
+    """Some output features, screened together."""
+
+    def __init__(self, search: _Search, first: int, M: Tensor, M_error: Tensor, so_far: _Pool, space: _Space):
+        self.search, self.first, self.n, self.space = search, first, len(M), space
+        self.pools = search.pools() | {"all": so_far}
+        self.before = {name: self._floor(name) for name in self.pools}
+        self.floors, self.limits = dict(self.before), dict.fromkeys(self.pools, 0)
+        d = search.width
+        M_norm = torch.linalg.vector_norm(M, dim=(1, 2))
+        low = space.take("low_lost", *M.shape).copy_(M)
+        across = space.take("low", d, self.n, d).copy_(low.transpose(0, 1))
+        M_largest = _spectral_bound(low) if search.writer_error.any() else torch.zeros_like(M_norm)
+        if search.dtype != torch.float32:
+            lost = M.sub_(space.take("lost", *M.shape).copy_(low))
+            M_error = M_error + _spectral_bound(low.copy_(lost))
+        self.A = space.take("A", search.n_in, self.n, d)
+        torch.mm(search.writers, across.view(d, -1), out=self.A.view(search.n_in, -1))
+        self.slack = self._slack(M_norm, M_largest, M_error)
+
+    def _slack(self, M_norm: Tensor, M_largest: Tensor, M_error: Tensor) -> Float[Tensor, "n_in n"]:
+        """Bound `|A Dᵀ - Ã D̃ᵀ|` for each row of A: what the rounding of M, D and A itself may do, by Cauchy-Schwarz."""
+        u, sums = self.search.roundoff, 4 * self.search.width**0.5 * _FLOAT32_ROUNDOFF
+        norm, error = self.search.writer_norm[:, None], self.search.writer_error[:, None]
+        A_norm = torch.linalg.vector_norm(self.A, dim=2).float() * (1 + 2 * u)
+        A_error = norm * (M_error + sums * M_norm) + u * A_norm
+        if error.any():
+            A_error = A_error + error * (M_largest + M_error)
+        return A_error * norm.max() + (A_norm + A_error) * error.max() + sums * A_norm * norm.max()
+
+    def _floor(self, name: str) -> Tensor:
+        """Return what a coefficient must reach to matter for a pool, for each output feature of this block."""
+        pool, k = self.pools[name], self.search.count(name)
+        floor = pool.floor(k).expand(self.n) if name == "all" else pool.floor_of_each(k, self.first, self.n)
+        return floor.float()
+
+    def screen(self, plan: _Plan) -> dict[str, _Pool]:
+        """Go through the tiles of the upper triangle; return the pools with what this block adds."""
+        search, n_in = self.search, self.search.n_in
+        corner = torch.ones(plan.inputs, plan.inputs, dtype=search.dtype, device=search.writers.device).triu()
+        corner.diagonal().fill_(0.0 if search.exclude_self else 0.5)
+        bits = torch.int16 if search.dtype == torch.bfloat16 else torch.int32
+        for start in range(0, n_in, plan.inputs):
+            stop = min(start + plan.inputs, n_in)
+            rows, columns = (stop - start) * self.n, n_in - start
+            S = self.space.take("S", rows, columns)
+            torch.mm(self.A[start:stop].flatten(0, 1), search.writers[start:].T, out=S)
+            S.abs_()  # not negative, so that its bits are in the order of the numbers
+            S.view(stop - start, self.n, -1)[:, :, : stop - start].mul_(corner[: stop - start, None, : stop - start])
+            highest = S.view(bits).amax(1).view(search.dtype).float().view(-1, self.n)
+            for name in self.pools:
+                self._collect(name, S, highest, start, stop, plan.look)
+        return {name: self._prune(name) for name in self.pools}
+
+    def _collect(self, name: str, S: Tensor, highest: Tensor, start: int, stop: int, look: int) -> None:
+        """Add the coefficients of a tile that may matter to a pool, and raise its floor when it has grown."""
+        u, slack, floor = self.search.roundoff, self.slack[start:stop], self.floors[name]
+        if floor.isinf().any():  # the first tiles: nothing to compare with yet
+            floor = torch.maximum(floor, self._first_floor(name, S, highest, slack))
+        upper = highest * (1 + u) + slack
+        hit = ((upper >= floor) & (upper > self.before[name])).flatten().nonzero()[:, 0]
+        for some in hit.split(look):
+            self.pools[name] += self._candidates(S, some, floor, slack, start)
+            if len(self.pools[name]) > self.limits[name]:
+                self._prune(name)
+
+    def _prune(self, name: str) -> _Pool:
+        """Drop from a pool what cannot matter any more, and raise the floor."""
+        wanted = self.search.count(name) * (self.n if name == "each" else 1)
+        enough = wanted if name == "each" else 4 * wanted + (1 << 14)
+        self.pools[name] = pool = self.search.strongest(self.pools[name], name, enough)
+        self.limits[name] = len(pool) + wanted + 4096
+        self.floors[name] = torch.maximum(self.floors[name], self._floor(name))
+        return pool
+
+    def _first_floor(self, name: str, S: Tensor, highest: Tensor, slack: Tensor) -> Tensor:
+        """Return what the k-th strongest of this tile alone surely reaches."""
+        k, u = self.search.count(name), self.search.roundoff
+        if name == "all":
+            some = highest.flatten() if highest.numel() > k else S.flatten()  # one of each row is enough, and cheaper
+            kth = some.topk(k).values[-1].float() if len(some) > k else slack.new_tensor(-torch.inf)
+            return (kth * (1 - u) - slack.max()).expand(self.n)
+        mine = S.view(-1, self.n, S.shape[1]).transpose(0, 1).flatten(1)
+        if mine.shape[1] <= k:
+            return slack.new_full((self.n,), -torch.inf)
+        return mine.topk(k).values[:, -1].float() * (1 - u) - slack.amax(0)
+
+    def _candidates(self, S: Tensor, rows: Tensor, floor: Tensor, slack: Tensor, start: int) -> _Pool:
+        """Return those coefficients of some rows of a tile whose bound reaches the floor."""
+        u = self.search.roundoff
+        inp, out = rows // self.n, rows % self.n
+        values, slack = S[rows].float(), slack.flatten()[rows]
+        row, column = (values * (1 + u) + slack[:, None] >= floor[out, None]).nonzero(as_tuple=True)
+        distance = column - inp[row]
+        keep = distance >= (1 if self.search.exclude_self else 0)
+        row, column = row[keep], column[keep]
+        size = values[row, column].double()
+        return _Pool(self.first + out[row], start + inp[row], start + column, size, u * size + slack[row].double())
+
+
+# -- state on disk ----------------------------------------------------------------------------------------------------
+
+
+class _State:
+    """The candidates found so far, in a folder of the user's choice, one file for each rank."""
+
+    def __init__(self, folder: Path, search: _Search, shard: range, group):
+        rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.path = folder / f"rank-{rank}-of-{size}.safetensors"
+        self.shard, self.search, self.saved = shard, search, time.monotonic()
+        digest = hashlib.sha256()
+        for tensor in (search.B.down, search.B.left, search.B.right, search.out, search.inp):
+            header = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            digest.update(header.encode())
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        arguments = (search.k, search.per_output, search.exclude_self, search.dtype, search.B.constant, shard)
+        digest.update(repr(arguments).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def load(self) -> tuple[int, dict[str, _Pool]]:
+        """Return where to go on and what was found until there."""
+        pools = self.search.pools()
+        if not self.path.exists():
+            return self.shard.start, pools
+        with safe_open(self.path, "pt") as file:
+            about = file.metadata()
+            if about["fingerprint"] != self.fingerprint:
+                raise ValueError(
+                    f"checkpoint must be of this search, but {self.path} is of one with other weights, bases or "
+                    f"arguments (fingerprint {about['fingerprint'][:12]}, not {self.fingerprint[:12]}): remove it or "
+                    "name another folder"
+                )
+            device = self.search.writers.device
+            fields = ("out", "left", "right", "size", "slack")
+            found = {n: _Pool(*(file.get_tensor(f"{n}.{field}").to(device) for field in fields)) for n in pools}
+        return int(about["next"]), found
+
+    def due(self) -> bool:
+        """Return whether the last checkpoint is old."""
+        return time.monotonic() - self.saved > SAVE_EVERY
+
+    def save(self, following: int, pools: dict[str, _Pool]) -> None:
+        """Write the state so that a kill at any time leaves the old one or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fields = ("out", "left", "right", "size", "slack")
+        tensors = {f"{n}.{f}": part for n, pool in pools.items() for f, part in zip(fields, pool.parts(), strict=True)}
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        save_file(tensors, partial, {"fingerprint": self.fingerprint, "next": str(following)})
+        os.replace(partial, self.path)
+        self.saved = time.monotonic()

@@ -555,8 +555,8 @@ def save(sae: SAE, folder: str | Path, dtype: torch.dtype | None = None) -> None
         save_file({name: weight.to(dtype) for name, weight in load_file(weights).items()}, weights)
 
 
-def fingerprint(model: BilinearTransformer) -> str:
-    """Return a hash of the model's weights."""
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of the weights of a model or an SAE."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + _hash(weight).encode())

@@ -1,9 +1,15 @@
 """`top_interactions` against brute force over every output feature and every pair."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from bilens import BilinearTensor, interactions, top_interactions
 
@@ -39,26 +45,120 @@ def listed(found):
     return list(zip(found.value.tolist(), *(part.tolist() for part in found[:3]), strict=True))
 
 
+def in_pieces(g):
+    """Replace the plan by one that cuts everything into small pieces."""
+    some = [int(torch.randint(1, high, (), generator=g)) for high in (4, 4, 6, 30)]
+    rows = 2 ** int(torch.randint(0, 6, (), generator=g))
+    cube, (outputs, more, inputs, look) = bool(torch.randint(2, (), generator=g)), some
+    return lambda search, memory: interactions._Plan(
+        rows, cube and search.readers is not None, outputs * more, outputs, min(inputs, search.n_in), look
+    )
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    return lambda g: monkeypatch.setattr(interactions._Plan, "of", in_pieces(g))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
     k=st.integers(1, 70),
     constant=st.booleans(),
     read=st.booleans(),
     written=st.booleans(),
-    at_once=st.integers(1, 4),
+    exclude_self=st.booleans(),
+    screen=st.sampled_from([torch.bfloat16, torch.float32]),
 )
-def test_exact_order_with_ties(seed, k, constant, read, written, at_once):
+def test_exact_order_with_ties(plan, seed, k, constant, read, written, exclude_self, screen):
     g = torch.Generator().manual_seed(seed)
     B = integer_tensor(g, constant=constant)
     out = integers(g, 5, 3, high=1) if read else None
     inp = integers(g, 3, 4 - constant, high=1) if written else None
-    n_in = 4 if inp is None else 3 + constant
-    before, interactions.BLOCK_BYTES = interactions.BLOCK_BYTES, at_once * n_in**2 * 8
-    try:
-        found = top_interactions(B, k, out, inp)
-    finally:
-        interactions.BLOCK_BYTES = before
-    assert listed(found) == brute_force(B, out, inp)[:k]
+    plan(g)
+    found = top_interactions(B, k, out, inp, per_output=3, exclude_self=exclude_self, screen=screen)
+    expected = [pair for pair in brute_force(B, out, inp) if not (exclude_self and pair[2] == pair[3])]
+    assert listed(found) == expected[:k]
+    n_out = 5 if read else 3
+    assert listed(found.per_output) == [pair for o in range(n_out) for pair in [p for p in expected if p[1] == o][:3]]
+    assert found.certificate.screened == len(expected)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 300),
+    scale=st.sampled_from([1e-25, 1.0, 1e18]),
+    wide=st.booleans(),
+    screen=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen):
+    """Repeated, zero, tiny and huge rows; pairs that differ by less than bfloat16, or float32, resolves."""
+    g = torch.Generator().manual_seed(seed)
+    dtype = torch.float64 if wide else torch.float32
+    B = BilinearTensor(*(torch.randn(shape, generator=g, dtype=dtype) for shape in ((6, 40), (40, 33), (40, 33))))
+    out, inp = torch.randn(7, 6, generator=g, dtype=dtype) * scale, torch.randn(20, 33, generator=g, dtype=dtype)
+    inp[3], inp[5], inp[8], inp[9] = inp[4], 0, inp[7] * (1 + 2.0**-12), inp[7] * (1 + 2.0**-22)
+    inp[11], inp[12], out[2], out[4] = inp[11] * 1e-3, inp[12] * 30, out[1], 0
+    plan(g)
+    found = top_interactions(B, k, out, inp, screen=screen)
+    expected = brute_force(B.to(torch.float64), out, inp)[:k]
+    exact = {tuple(pair): value for value, *pair in brute_force(B.to(torch.float64), out, inp)}
+    tolerance = 1e-11 if wide else 1e-6
+    assert len(found.value) == len(expected) == len(set(zip(*(part.tolist() for part in found[:3]), strict=True)))
+    for (value, *pair), (best, *_) in zip(listed(found), expected, strict=True):
+        assert value == pytest.approx(exact[tuple(pair)], rel=tolerance, abs=1e-13 * scale)
+        assert abs(value) == pytest.approx(abs(best), rel=tolerance, abs=1e-13 * scale)
+    assert found.certificate.error <= found.certificate.bound
+
+
+def medium(n_out=48, n_in=300, d=64, hidden=128, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    B = BilinearTensor(*(torch.randn(shape, generator=g) for shape in ((d, hidden), (hidden, d), (hidden, d))))
+    return B, torch.randn(n_out, d, generator=g), torch.nn.functional.normalize(torch.randn(n_in, d, generator=g))
+
+
+def dense(B, out, inp):
+    """Coefficients in float64, [out, left, right], zero below the diagonal."""
+    Q = torch.einsum("po,oij,ai,bj->pab", out.double(), B.to(torch.float64).dense(), inp.double(), inp.double())
+    return Q.triu() + Q.triu(1)
+
+
+@pytest.mark.parametrize("screen", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [1, 50, 3000])
+def test_a_layer_against_brute_force(k, screen):
+    B, out, inp = medium()
+    found = top_interactions(B, k, out, inp, screen=screen, per_output=5)
+    Q = dense(B, out, inp)
+    order = Q.abs().flatten().argsort(descending=True)[:k]
+    assert torch.equal((found.out * 300 + found.left) * 300 + found.right, order)
+    torch.testing.assert_close(found.value.double(), Q.flatten()[order], rtol=1e-6, atol=0)
+    each = Q.abs().flatten(1).argsort(dim=1, descending=True)[:, :5]
+    assert torch.equal((found.per_output.left * 300 + found.per_output.right).view(48, 5), each)
+    about = found.certificate
+    assert about.screened == 48 * 300 * 301 // 2
+    assert k <= about.verified < about.screened / 20
+    assert 0 < about.error < about.bound
+
+
+def test_planted_pairs_are_found_in_order():
+    """Planted pairs of almost equal strength in noise: closer than bfloat16, or even float32, tells apart."""
+    d, n_pairs = 64, 200
+    g = torch.Generator().manual_seed(0)
+    i, j = torch.triu_indices(d, d, 1)[:, torch.randperm(d * (d - 1) // 2, generator=g)[:n_pairs]]
+    o = torch.randint(d, (n_pairs,), generator=g)
+    strength = 1 + torch.arange(n_pairs, 0, -1).double() * 2.0**-30
+    down = torch.zeros(d, n_pairs).double().index_put((o, torch.arange(n_pairs)), strength)
+    left, right = torch.eye(d).double()[i], torch.eye(d).double()[j]
+    noise = [torch.randn(shape, generator=g).double() * 0.02 for shape in ((d, 64), (64, d), (64, d))]
+    B = BilinearTensor(torch.cat((down, noise[0]), 1), torch.cat((left, noise[1])), torch.cat((right, noise[2])))
+    basis = torch.linalg.qr(torch.randn(d, d, generator=g).double()).Q
+    B = B.project(out=torch.linalg.qr(torch.randn(d, d, generator=g).double()).Q, inp=basis)
+    found = top_interactions(B, n_pairs, out=torch.eye(d).double(), inp=basis)
+    Q = dense(B, torch.eye(d).double(), basis)
+    assert torch.equal(
+        (found.out * d + found.left) * d + found.right, Q.abs().flatten().argsort(descending=True)[:n_pairs]
+    )
 
 
 def test_values_sum_to_the_output():
@@ -88,21 +188,29 @@ def test_k_up_to_and_beyond_all_pairs(k):
     assert listed(top_interactions(B, k)) == brute_force(B)[:k]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 200, 300, 1000, 1 << 20])
-def test_block_size_does_not_matter(monkeypatch, block_bytes):
-    g = torch.Generator().manual_seed(1)
-    B = BilinearTensor(*(torch.randn(shape, generator=g).double() for shape in ((9, 6), (6, 5), (6, 5))))
-    whole = top_interactions(B, 20)
-    monkeypatch.setattr(interactions, "BLOCK_BYTES", block_bytes)
-    for one, other in zip(top_interactions(B, 20), whole, strict=True):
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_do_not_matter(plan, seed):
+    B, out, inp = medium(n_out=11, n_in=40)
+    whole = top_interactions(B, 200, out, inp)
+    plan(torch.Generator().manual_seed(seed))
+    for one, other in zip(top_interactions(B, 200, out, inp), whole, strict=True):
         assert torch.equal(one, other)
 
 
-def test_many_ties_across_blocks_go_to_the_first(monkeypatch):
+def test_many_ties_go_to_the_first(plan):
+    plan(torch.Generator().manual_seed(0))
     one = torch.ones(6, 1).double(), torch.ones(1, 3).double(), torch.ones(1, 3).double()
-    monkeypatch.setattr(interactions, "BLOCK_BYTES", 1)
     found = top_interactions(BilinearTensor(*one), 4)
     assert listed(found) == [(2, 0, 0, 1), (2, 0, 0, 2), (2, 0, 1, 2), (2, 1, 0, 1)]
+
+
+def test_more_ties_than_candidates_are_kept():
+    """The pool would grow without end if it kept all that may tie with the k-th strongest."""
+    B = BilinearTensor(torch.ones(30, 1), torch.ones(1, 64), torch.ones(1, 64))
+    found = top_interactions(B, 10)
+    assert listed(found) == [(2, 0, 0, j) for j in range(1, 11)]
+    zero = BilinearTensor(torch.zeros(300, 4), torch.ones(4, 128), torch.ones(4, 128))
+    assert listed(top_interactions(zero, 5)) == [(0, 0, 0, j) for j in range(5)]
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -127,13 +235,9 @@ def test_dtypes(dtype):
 def test_float32_on_real_numbers():
     g = torch.Generator().manual_seed(0)
     B = BilinearTensor(*(torch.randn(shape, generator=g) for shape in ((6, 9), (9, 7), (9, 7))))
-    found = top_interactions(B, 30)
-    exact = {tuple(pair): value for value, *pair in brute_force(B)}
-    torch.testing.assert_close(
-        found.value.double().abs(), torch.tensor([abs(value) for value, *_ in brute_force(B)[:30]]).double()
-    )
-    for value, *pair in listed(found):
-        assert value == pytest.approx(exact[tuple(pair)], rel=1e-4)
+    found, expected = top_interactions(B, 30), brute_force(B.to(torch.float64))[:30]
+    assert [pair for _, *pair in listed(found)] == [pair for _, *pair in expected]
+    assert found.value.tolist() == pytest.approx([value for value, *_ in expected], rel=1e-7)
 
 
 def test_no_features_no_pairs():
@@ -155,8 +259,13 @@ def test_repr_shows_the_strongest():
         ({"k": -2}, "k must be at least 1, got -2"),
         ({"k": 1, "out": torch.ones(2, 4)}, r"out must have shape \[n_out, 3\], got \[2, 4\]"),
         ({"k": 1, "inp": torch.ones(2, 3)}, r"inp must have shape \[n_in, 4\], got \[2, 3\]"),
-        ({"k": 1, "out": torch.full((2, 3), torch.nan)}, "must be finite"),
-        ({"k": 1, "inp": torch.full((2, 4), torch.inf)}, "must be finite"),
+        ({"k": 1, "out": torch.full((2, 3), torch.nan)}, "out must be finite, but its row 0 is NaN"),
+        ({"k": 1, "inp": torch.tensor([[1.0] * 4, [torch.inf] * 4])}, "inp must be finite, but its row 1 is NaN"),
+        ({"k": 1, "per_output": 0}, "per_output must be at least 1, got 0"),
+        ({"k": 1, "memory": 1000}, "memory must be at least [0-9]+ bytes for this layer and k, got 1000"),
+        ({"k": 1, "screen": torch.float16}, "screen must be torch.bfloat16 or torch.float32, got torch.float16"),
+        ({"k": 1, "out": torch.ones(2, 3, device="meta")}, "out must be on the device of B.down, cpu, but is on meta"),
+        ({"k": 1, "inp": torch.full((2, 4), 1e-50, dtype=torch.float64)}, "the largest entry of inp must lie between"),
     ],
 )
 def test_errors_name_the_argument(unchecked, arguments, message):
@@ -168,5 +277,152 @@ def test_errors_name_the_argument(unchecked, arguments, message):
 def test_one_nan_among_many_is_refused_rather_than_dropped():
     B = integer_tensor(torch.Generator().manual_seed(0), out=5)
     B.down[3, 1] = torch.nan
-    with pytest.raises(ValueError, match="B, out and inp must be finite, but some interactions are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"B\.down must be finite, but its row 3 is NaN or infinite"):
         top_interactions(B, 2)
+
+
+def test_products_less_exact_than_granted_are_noticed(monkeypatch):
+    B, out, inp = medium()
+    monkeypatch.setattr(interactions._Block, "_slack", lambda self, *norms: 1e-9 * torch.ones(300, self.n))
+    with pytest.raises(RuntimeError, match=r"off by .* times its bound.*pass screen=torch\.float32"):
+        top_interactions(B, 50, out, inp, screen=torch.bfloat16)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys, torch
+from bilens import BilinearTensor, top_interactions
+n_out, n_in, d, hidden, k, memory, per_output = map(int, sys.argv[1:])
+g = torch.Generator().manual_seed(0)
+rand = lambda *shape: torch.randn(shape, generator=g)
+B, out, inp = BilinearTensor(rand(d, hidden), rand(hidden, d), rand(hidden, d)), rand(n_out, d), rand(n_in, d)
+small = BilinearTensor(rand(64, 99), rand(99, 64), rand(99, 64))
+top_interactions(small, 50, rand(70, 64), rand(300, 64), per_output=2)  # libraries take their own memory once
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
+peak = lambda name: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+before = peak("VmRSS")
+top_interactions(B, k, out, inp, memory=memory, per_output=per_output or None)
+print(peak("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure peak memory")
+@pytest.mark.parametrize(
+    ("n_out", "n_in", "d", "hidden", "k", "memory", "per_output"),
+    [
+        (128, 2048, 256, 512, 1000, 128 << 20, 0),  # all matrices together: 2 GiB
+        (64, 1536, 128, 256, 1000, 40 << 20, 0),
+        (256, 1024, 128, 256, 100, 80 << 20, 20),
+        (40, 1024, 64, 64, 50_000, 64 << 20, 0),
+    ],
+)
+def test_peak_memory_stays_within_the_budget(n_out, n_in, d, hidden, k, memory, per_output):
+    arguments = map(str, (n_out, n_in, d, hidden, k, memory, per_output))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < memory
+
+
+def test_the_least_memory_named_is_enough():
+    B, out, inp = medium()
+    whole = top_interactions(B, 20, out, inp)
+    with pytest.raises(ValueError, match="at least") as refused:
+        top_interactions(B, 20, out, inp, memory=1)
+    least = int(str(refused.value).split()[5])
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        top_interactions(B, 20, out, inp, memory=least - 16)
+    assert torch.equal(top_interactions(B, 20, out, inp, memory=least).value, whole.value)
+
+
+# -- interrupted and shared searches ----------------------------------------------------------------------------------
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_a_killed_search_goes_on(tmp_path, monkeypatch, plan, stop_at):
+    B, out, inp = medium()
+    whole = top_interactions(B, 40, out, inp, per_output=3)
+    plan(torch.Generator().manual_seed(0))
+    monkeypatch.setattr(interactions, "SAVE_EVERY", 0)
+    save, saves = interactions._State.save, []
+
+    def die(self, following, pools):
+        if len(saves) == stop_at:
+            raise KeyboardInterrupt
+        save(self, following, pools)
+        saves.append(following)
+
+    monkeypatch.setattr(interactions._State, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path / "state")
+    monkeypatch.setattr(interactions._State, "save", save)
+    starts = []
+    matrices = interactions._Matrices.__call__
+    monkeypatch.setattr(
+        interactions._Matrices, "__call__", lambda self, *span: starts.append(span[0]) or matrices(self, *span)
+    )
+    found = top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path / "state")
+    assert equal(found, whole)
+    assert equal(found.per_output, whole.per_output)
+    assert starts[0] == saves[-1]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["rank-0-of-1.safetensors"]
+
+
+def test_the_state_of_another_search_is_refused(tmp_path):
+    B, out, inp = medium()
+    top_interactions(B, 40, out, inp, checkpoint=tmp_path)
+    top_interactions(B, 40, out, inp, checkpoint=tmp_path)
+    changed = inp.clone()
+    changed[7, 3] += 1e-6
+    for other in ((B, 41, out, inp), (B, 40, out, changed), (B, 40, out[:-1], inp)):
+        with pytest.raises(
+            ValueError, match=r"checkpoint must be of this search, but .*rank-0-of-1\.safetensors is of"
+        ):
+            top_interactions(*other, checkpoint=tmp_path)
+
+
+SHARED = """
+import sys, torch, torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from bilens import BilinearTensor, top_interactions
+dist.init_process_group("gloo")
+given = load_file(sys.argv[1])
+B = BilinearTensor(given["down"], given["left"], given["right"])
+found = top_interactions(B, 500, given["out"], given["inp"], per_output=3, group=dist.group.WORLD)
+parts = {**found._asdict(), **{"each." + name: part for name, part in found.per_output._asdict().items()}}
+save_file(parts, f"{sys.argv[2]}/{dist.get_rank()}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_number_of_ranks_gives_the_same_bits(tmp_path, dtype):
+    B, out, inp = medium(n_out=13)
+    given = {"down": B.down, "left": B.left, "right": B.right, "out": out, "inp": inp}
+    save_file({name: tensor.to(dtype) for name, tensor in given.items()}, tmp_path / "given.safetensors")
+    (tmp_path / "shared.py").write_text(SHARED)
+    alone = top_interactions(B.to(dtype), 500, out.to(dtype), inp.to(dtype), per_output=3)
+    for n_ranks in (1, 2, 4):
+        folder = tmp_path / str(n_ranks)
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+        done = subprocess.run(
+            [*command, tmp_path / "shared.py", tmp_path / "given.safetensors", folder],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for rank in range(n_ranks):
+            found = load_file(folder / f"{rank}.safetensors")
+            assert all(torch.equal(found[name], part) for name, part in alone._asdict().items())
+            assert all(torch.equal(found[f"each.{name}"], p) for name, p in alone.per_output._asdict().items())
+
+
+def test_a_group_that_cannot_hold_the_tensors(monkeypatch):
+    monkeypatch.setattr(interactions.dist, "get_backend_config", lambda group: "xpu:ccl")
+    with pytest.raises(ValueError, match="the tensors are on cpu, where group cannot communicate: it is xpu:ccl"):
+        interactions._check(medium()[0], 1, None, None, None, group=object())

@@ -1,0 +1,105 @@
+"""The ranking script as a user runs it: killed and resumed, on one process or two, it ends in the same table."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+import bilens
+from bilens.circuits import FeatureLayer
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "rank_layer.py"
+ARGUMENTS = ["bilens-mini", "--layer", "2", "-k", "300", "--per-output", "4"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(out, *more):
+    return [sys.executable, str(SCRIPT), *ARGUMENTS, "--out", str(out), *more]
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("rank") / "straight"
+    done = run(*command(out, "--format", "csv"))
+    assert done.returncode == 0, done.stderr
+    assert "300 pairs" in done.stdout
+    return out
+
+
+def tables(folder):
+    return [(folder / f"{name}.csv").read_bytes() for name in ("pairs", "per-output")]
+
+
+def test_the_table_is_the_ranking(straight):
+    lens = FeatureLayer.load(bilens.load("bilens-mini"), 2)
+    expected = bilens.top_interactions(lens.tensor, 300, out=lens.readers, inp=lens.writers)
+    with (straight / "pairs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["left"]) for row in rows] == expected.left.tolist()
+    assert [float(row["value"]) for row in rows] == expected.value.tolist()
+    assert len((straight / "per-output.csv").read_text().splitlines()) == 1 + 4 * 1024
+    manifest = json.loads((straight / "manifest.json").read_text())
+    assert manifest["arguments"]["layer"] == 2
+    assert set(manifest["tables"]) == {"pairs", "per-output"}
+    assert not (straight / "state").exists()
+
+
+def test_a_killed_run_resumes_identically(straight, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--format", "csv"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    while not (tmp_path / "state" / "rank-0-of-1.safetensors").exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "pairs.csv").exists(), "killed too late to test anything"
+    done = run(*command(tmp_path, "--format", "csv"))
+    assert done.returncode == 0, done.stderr
+    assert tables(tmp_path) == tables(straight)
+
+
+def test_two_processes_write_the_same_table(straight, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run(*launch, *command(tmp_path, "--format", "csv")[1:])
+    assert done.returncode == 0, done.stderr
+    assert tables(tmp_path) == tables(straight)
+
+
+def test_a_folder_begun_with_other_arguments_is_refused(straight):
+    done = run(*command(straight, "--format", "csv", "-k", "299"))
+    assert done.returncode != 0
+    assert "was begun with something else" in done.stderr
+    assert "arguments.k: 300 there, 299 now" in done.stderr
+
+
+def test_parquet(straight, tmp_path):
+    assert run(*command(tmp_path)).returncode == 0
+    found = pyarrow.parquet.read_table(tmp_path / "pairs.parquet").to_pydict()
+    with (straight / "pairs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert found == {name: [type(values[0])(row[name]) for row in rows] for name, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layer", "4"], "--layer must lie between 0 and 3, got 4"),
+        (["--scope", "somewhere"], "--scope, --inp-sae and --out-sae go together"),
+        (["-k", "0"], "k must be at least 1, got 0"),
+    ],
+)
+def test_errors(tmp_path, more, message):
+    done = run(*command(tmp_path, *more))
+    assert done.returncode != 0
+    assert message in done.stderr
