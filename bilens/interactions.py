@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 from .tensor import BilinearTensor
 
 SAVE_EVERY = 1.0  # seconds between two checkpoints
-_SCRATCH = 1 << 24  # bytes that the libraries take for themselves
+_SHAPES = 24  # tiles of so many widths at most
+_SCRATCH = 3 << 24  # bytes that the libraries take for themselves: buffers, 0.7 MB of kernel for each shape
 _FLOAT32_ROUNDOFF = 2.0**-24
 _SETTLED = 1e-12  # relative slack of a coefficient that was verified in float64
 _TIE = 1 - 2.0**-20  # coefficients closer than this may tie, and then the index decides
@@ -263,6 +264,7 @@ class _Plan:
     matrices: int  # output features whose matrices are held
     outputs: int  # of which so many are screened at once
     inputs: int  # input features in one tile
+    align: int  # the columns of a tile start at a multiple of this
     look: int  # rows of a tile that are searched for candidates at once
 
     @classmethod
@@ -271,7 +273,8 @@ class _Plan:
         item = search.dtype.itemsize
         packed = 2  # products keep a second copy of one factor
         fixed = search.bytes + packed * n_in * d * item + memory // 8  # the last for the factors in float64
-        candidates = 200 * search.k + 200 * (search.per_output or 0) * n_out + _SCRATCH
+        candidates = 1000 * min(search.k, n_out * search.n_pairs) + _SCRATCH
+        candidates += 200 * min(search.per_output or 0, search.n_pairs) * n_out
         one_row = 3 * 4 * hidden * d
         one_matrix = 4 * d * d
         one_output = 4 * d * d + (2 + packed) * d * d * item + n_in * (d * item + 40)
@@ -292,8 +295,9 @@ class _Plan:
         matrices = min(n_out, max(outputs, min(64, free // 2 // one_matrix)))
         tile = max(1 << 21, 1024 * n_in)  # entries: small enough for the cache, enough rows for a fast product
         inputs = max(1, min(n_in, tile // (outputs * n_in), free // 8 // (n_in * item * outputs)))
-        look = max(1, min(1 << 20, free // 8) // (n_in * 100))
-        return cls(rows, cube, matrices, outputs, inputs, look)
+        look = max(1, min(1 << 27, free // 8) // (n_in * 100))
+        align = -(-n_in // _SHAPES // inputs) * inputs
+        return cls(rows, cube, matrices, outputs, inputs, align, look)
 
 
 def _power_of_two(number: int, at_most: int) -> int:
@@ -320,6 +324,7 @@ class _Search:
     writers: Tensor  # in the screening dtype, scaled
     writer_norm: Tensor  # of each row of the rounded writers
     writer_error: Tensor  # norm of what the rounding took from each row
+    fine_writers: Tensor  # in float32, scaled
     tally: dict = field(default_factory=lambda: {"verified": 0, "bound": 0.0, "error": 0.0})
 
     @classmethod
@@ -340,6 +345,7 @@ class _Search:
             B, out, inp, k, per_output, exclude_self, memory, dtype, e_down + e_left + e_right + e_out + 2 * e_inp,
             None if readers is None else readers.float(), down.float(),
             _padded(left, width).float(), _padded(right, width).float(), rounded, norm.float(), error.float(),
+            _padded(exact, width).float(),
         )  # fmt: skip
 
     @property
@@ -365,8 +371,22 @@ class _Search:
     @property
     def bytes(self) -> int:
         """Size of the scaled copies."""
-        kept = [self.readers, self.down, self.left, self.right, self.writers, self.writer_norm, self.writer_error]
+        kept = [
+            self.readers,
+            self.down,
+            self.left,
+            self.right,
+            self.writers,
+            self.writer_norm,
+            self.writer_error,
+            self.fine_writers,
+        ]
         return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+    @property
+    def n_pairs(self) -> int:
+        """Number of coefficients of one output feature."""
+        return self.n_in * (self.n_in + (-1 if self.exclude_self else 1)) // 2
 
     @property
     def wide(self) -> bool:
@@ -448,17 +468,21 @@ class _Search:
     def verified(self, pool: _Pool) -> Tensor:
         """Compute candidates in float64, and hold what was screened against it."""
         exact = self.exact(pool)
-        off, new = (self.halved(exact) - pool.size).abs(), pool.unsure()
-        if (off > pool.slack).any():
+        self.compare(pool, self.halved(exact), 0.0)
+        self.tally["verified"] += int(pool.unsure().sum())
+        return exact
+
+    def compare(self, pool: _Pool, size: Tensor, slack: Tensor | float) -> None:
+        """Hold what was screened against what is known better."""
+        off = (size - pool.size).abs()
+        if (off > pool.slack + slack).any():
             raise RuntimeError(
                 f"a coefficient screened in {self.dtype} was off by {(off / pool.slack).max():.2g} times its bound: "
                 "products on this device are less exact than granted; pass screen=torch.float32"
             )
-        if new.any():
-            self.tally["verified"] += int(new.sum())
-            for name, what in (("bound", pool.slack[new]), ("error", off[new])):
+        for name, what in (("bound", pool.slack), ("error", off)):
+            if len(what):
                 self.tally[name] = max(self.tally[name], what.max().item() * 2.0 ** (self.exponent + 1))
-        return exact
 
     def strongest(self, pool: _Pool, name: str, enough: int = 0) -> _Pool:
         """Drop what surely is not among the strongest; verify the likely ones if more than enough are left."""
@@ -507,9 +531,8 @@ class _Search:
         for name, pool in pools.items():
             pool = self.strongest(pool, name)
             results[name] = self._rank(pool, self.verified(pool), name)
-        n_pairs = self.n_in * (self.n_in - 1) // 2 + (0 if self.exclude_self else self.n_in)
         found = results["all"]
-        found.certificate = Certificate(self.n_out * n_pairs, dtype=self.dtype, **self.tally)
+        found.certificate = Certificate(self.n_out * self.n_pairs, dtype=self.dtype, **self.tally)
         found.per_output = results.get("each")
         return found
 
@@ -640,9 +663,10 @@ class _Block:
         low = space.take("low_lost", *M.shape).copy_(M)
         across = space.take("low", d, self.n, d).copy_(low.transpose(0, 1))
         M_largest = _spectral_bound(low) if search.writer_error.any() else torch.zeros_like(M_norm)
+        self.M, self.M_slack = M, M_error + 8 * d**0.5 * _FLOAT32_ROUNDOFF * M_norm
         if search.dtype != torch.float32:
-            lost = M.sub_(space.take("lost", *M.shape).copy_(low))
-            M_error = M_error + _spectral_bound(low.copy_(lost))
+            lost = space.take("lost", *M.shape).copy_(low)
+            M_error = M_error + _spectral_bound(low.copy_(torch.sub(M, lost, out=lost)))
         self.A = space.take("A", search.n_in, self.n, d)
         torch.mm(search.writers, across.view(d, -1), out=self.A.view(search.n_in, -1))
         self.slack = self._slack(M_norm, M_largest, M_error)
@@ -666,30 +690,31 @@ class _Block:
     def screen(self, plan: _Plan) -> dict[str, _Pool]:
         """Go through the tiles of the upper triangle; return the pools with what this block adds."""
         search, n_in = self.search, self.search.n_in
-        corner = torch.ones(plan.inputs, plan.inputs, dtype=search.dtype, device=search.writers.device).triu()
-        corner.diagonal().fill_(0.0 if search.exclude_self else 0.5)
         bits = torch.int16 if search.dtype == torch.bfloat16 else torch.int32
         for start in range(0, n_in, plan.inputs):
             stop = min(start + plan.inputs, n_in)
-            rows, columns = (stop - start) * self.n, n_in - start
-            S = self.space.take("S", rows, columns)
-            torch.mm(self.A[start:stop].flatten(0, 1), search.writers[start:].T, out=S)
+            origin = start // plan.align * plan.align  # of the columns: few shapes, since each has a kernel of its own
+            S = self.space.take("S", (stop - start) * self.n, n_in - origin)
+            torch.mm(self.A[start:stop].flatten(0, 1), search.writers[origin:].T, out=S)
             S.abs_()  # not negative, so that its bits are in the order of the numbers
-            S.view(stop - start, self.n, -1)[:, :, : stop - start].mul_(corner[: stop - start, None, : stop - start])
+            corner = torch.ones(stop - start, stop - origin, dtype=search.dtype, device=S.device).triu(start - origin)
+            corner.diagonal(start - origin).fill_(0.0 if search.exclude_self else 0.5)
+            S.view(stop - start, self.n, -1)[:, :, : stop - origin].mul_(corner[:, None])
             highest = S.view(bits).amax(1).view(search.dtype).float().view(-1, self.n)
             for name in self.pools:
-                self._collect(name, S, highest, start, stop, plan.look)
+                self._collect(name, S, highest, start, origin, plan.look)
         return {name: self._prune(name) for name in self.pools}
 
-    def _collect(self, name: str, S: Tensor, highest: Tensor, start: int, stop: int, look: int) -> None:
+    def _collect(self, name: str, S: Tensor, highest: Tensor, start: int, origin: int, look: int) -> None:
         """Add the coefficients of a tile that may matter to a pool, and raise its floor when it has grown."""
-        u, slack, floor = self.search.roundoff, self.slack[start:stop], self.floors[name]
+        u, floor = self.search.roundoff, self.floors[name]
+        slack = self.slack[start : start + len(highest)]
         if floor.isinf().any():  # the first tiles: nothing to compare with yet
             floor = torch.maximum(floor, self._first_floor(name, S, highest, slack))
         upper = highest * (1 + u) + slack
         hit = ((upper >= floor) & (upper > self.before[name])).flatten().nonzero()[:, 0]
         for some in hit.split(look):
-            self.pools[name] += self._candidates(S, some, floor, slack, start)
+            self.pools[name] += self._candidates(S, some, floor, slack, start, origin)
             if len(self.pools[name]) > self.limits[name]:
                 self._prune(name)
 
@@ -697,16 +722,36 @@ class _Block:
         """Drop from a pool what cannot matter any more, and raise the floor."""
         wanted = self.search.count(name) * (self.n if name == "each" else 1)
         enough = wanted if name == "each" else 4 * wanted + (1 << 14)
-        self.pools[name] = pool = self.search.strongest(self.pools[name], name, enough)
+        pool = self.pools[name]
+        if self.search.legs is None:  # float64 is dear
+            pool = self._refined(self.search.strongest(pool, name, len(pool)))
+        self.pools[name] = pool = self.search.strongest(pool, name, enough)
         self.limits[name] = len(pool) + wanted + 4096
         self.floors[name] = torch.maximum(self.floors[name], self._floor(name))
         return pool
+
+    def _refined(self, pool: _Pool) -> _Pool:
+        """Compute this block's candidates again in float32, which leaves few of them to verify."""
+        search, size, slack = self.search, pool.size.clone(), pool.slack.clone()
+        mine = ((pool.out >= self.first) & pool.unsure()).nonzero()[:, 0]
+        mine = mine[pool.out[mine].argsort(stable=True)]
+        outs, counts = pool.out[mine].unique_consecutive(return_counts=True)
+        for out, some in zip((outs - self.first).tolist(), mine.split(counts.tolist()), strict=True):
+            left, right = search.fine_writers[pool.left[some]], search.fine_writers[pool.right[some]]
+            half = torch.where(pool.left[some] == pool.right[some], 0.5, 1.0)
+            size[some] = ((left @ self.M[out]) * right).sum(1).abs().double() * half
+            norms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+            slack[some] = (self.M_slack[out] * norms).double()
+        better = slack < pool.slack
+        size, slack = torch.where(better, size, pool.size), torch.where(better, slack, pool.slack)
+        search.compare(pool, size, slack)
+        return replace(pool, size=size, slack=slack)
 
     def _first_floor(self, name: str, S: Tensor, highest: Tensor, slack: Tensor) -> Tensor:
         """Return what the k-th strongest of this tile alone surely reaches."""
         k, u = self.search.count(name), self.search.roundoff
         if name == "all":
-            some = highest.flatten() if highest.numel() > k else S.flatten()  # one of each row is enough, and cheaper
+            some = highest.flatten() if highest.numel() > k else S.flatten()[: 8 * k]  # a part is enough, and cheaper
             kth = some.topk(k).values[-1].float() if len(some) > k else slack.new_tensor(-torch.inf)
             return (kth * (1 - u) - slack.max()).expand(self.n)
         mine = S.view(-1, self.n, S.shape[1]).transpose(0, 1).flatten(1)
@@ -714,17 +759,16 @@ class _Block:
             return slack.new_full((self.n,), -torch.inf)
         return mine.topk(k).values[:, -1].float() * (1 - u) - slack.amax(0)
 
-    def _candidates(self, S: Tensor, rows: Tensor, floor: Tensor, slack: Tensor, start: int) -> _Pool:
+    def _candidates(self, S: Tensor, rows: Tensor, floor: Tensor, slack: Tensor, start: int, origin: int) -> _Pool:
         """Return those coefficients of some rows of a tile whose bound reaches the floor."""
         u = self.search.roundoff
         inp, out = rows // self.n, rows % self.n
         values, slack = S[rows].float(), slack.flatten()[rows]
         row, column = (values * (1 + u) + slack[:, None] >= floor[out, None]).nonzero(as_tuple=True)
-        distance = column - inp[row]
-        keep = distance >= (1 if self.search.exclude_self else 0)
+        keep = origin + column >= start + inp[row] + self.search.exclude_self
         row, column = row[keep], column[keep]
         size = values[row, column].double()
-        return _Pool(self.first + out[row], start + inp[row], start + column, size, u * size + slack[row].double())
+        return _Pool(self.first + out[row], start + inp[row], origin + column, size, u * size + slack[row].double())
 
 
 # -- state on disk ----------------------------------------------------------------------------------------------------
