@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from .decompositions import Eigen as Eigen
 from .decompositions import eigen as eigen
+from .interactions import Certificate as Certificate
 from .interactions import Interactions as Interactions
 from .interactions import top_interactions as top_interactions
 from .tensor import BilinearTensor as BilinearTensor
 
 if TYPE_CHECKING:
+    from . import attribution as attribution
     from . import circuits as circuits
     from . import plots as plots
     from . import report as report
     from . import saes as saes
+    from .attribution import attribute as attribute
     from .checkpoints import CheckpointError as CheckpointError
     from .checkpoints import load as load
     from .checkpoints import save as save
@@ -32,10 +35,11 @@ _LATER = {
     "CheckpointError": "checkpoints",
     "BilinearConfig": "transformer",
     "BilinearTransformer": "transformer",
+    "attribute": "attribution",
 }
-_MODULES = ("checkpoints", "circuits", "layers", "plots", "report", "saes", "transformer")
+_MODULES = ("attribution", "checkpoints", "circuits", "layers", "plots", "report", "saes", "transformer")
 
-__all__ = ["BilinearTensor", "Eigen", "Interactions", "eigen", "top_interactions", *_LATER, *_MODULES]
+__all__ = ["BilinearTensor", "Certificate", "Eigen", "Interactions", "eigen", "top_interactions", *_LATER, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
