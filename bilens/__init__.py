@@ -8,7 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .decompositions import Eigen as Eigen
+from .decompositions import TopOutputs as TopOutputs
 from .decompositions import eigen as eigen
+from .decompositions import spectrum_in_basis as spectrum_in_basis
+from .decompositions import top_outputs as top_outputs
 from .interactions import Certificate as Certificate
 from .interactions import Interactions as Interactions
 from .interactions import top_interactions as top_interactions
@@ -39,7 +42,19 @@ _LATER = {
 }
 _MODULES = ("attribution", "checkpoints", "circuits", "layers", "plots", "report", "saes", "transformer")
 
-__all__ = ["BilinearTensor", "Certificate", "Eigen", "Interactions", "eigen", "top_interactions", *_LATER, *_MODULES]
+__all__ = [
+    "BilinearTensor",
+    "Certificate",
+    "Eigen",
+    "Interactions",
+    "TopOutputs",
+    "eigen",
+    "spectrum_in_basis",
+    "top_interactions",
+    "top_outputs",
+    *_LATER,
+    *_MODULES,
+]
 
 
 def __getattr__(name: str) -> Any:
