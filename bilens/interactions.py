@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,6 @@ SAVE_EVERY = 1.0  # seconds between two checkpoints
 _SHAPES = 24  # tiles of so many widths at most
 _SCRATCH = 3 << 24  # bytes that the libraries take for themselves: buffers, 0.7 MB of kernel for each shape
 _FLOAT32_ROUNDOFF = 2.0**-24
-_SETTLED = 1e-12  # relative slack of a coefficient that was verified in float64
 _TIE = 1 - 2.0**-20  # coefficients closer than this may tie, and then the index decides
 _WIDTHS = 32  # matrix products in bfloat16 want legs that are a multiple of this
 
@@ -40,8 +39,9 @@ class Certificate:
     """What was done to make a ranking exact.
 
     `screened` coefficients were computed in `dtype`. Each is within `bound` of the exact value (the largest of the
-    bounds, in the unit of the coefficients); the `verified` ones, whose bound reaches the k-th strongest, were computed
-    again in float64. `error` is the largest difference of the two, which must not and did not exceed its bound.
+    bounds of those that could matter, in the unit of the coefficients); the `verified` ones, whose bound reaches the
+    k-th strongest, were computed again in float64 (in large layers in float32 first, which leaves fewer). `error` is
+    the largest difference to what was screened, which must not and did not exceed its bound.
     """
 
     screened: int
@@ -179,23 +179,24 @@ class _Pool:
     out: Tensor
     left: Tensor
     right: Tensor
-    size: Tensor  # float64, in scaled units; exact where slack is 0
+    size: Tensor  # float64, in scaled units
     slack: Tensor
+    sure: Tensor  # 1 where it was verified in float64
 
     @classmethod
     def empty(cls, device: torch.device) -> "_Pool":
         index, number = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device).double()
-        return cls(index, index, index, number, number)
+        return cls(index, index, index, number, number, index.to(torch.uint8))
 
     def __len__(self) -> int:
         return len(self.out)
 
     def unsure(self) -> Tensor:
         """Return which candidates have not been verified."""
-        return self.slack > _SETTLED * self.size
+        return (self.sure == 0) & (self.slack > 0)
 
     def parts(self) -> tuple[Tensor, ...]:
-        return self.out, self.left, self.right, self.size, self.slack
+        return tuple(getattr(self, name) for name in _PARTS)
 
     def __getitem__(self, which: Tensor) -> "_Pool":
         return _Pool(*(part[which] for part in self.parts()))
@@ -230,6 +231,9 @@ class _Pool:
             dist.all_gather(padded, torch.nn.functional.pad(part, (0, most - len(part))), group=group)
             parts.append(torch.cat([row[:count] for row, count in zip(padded, counts, strict=True)]))
         return _Pool(*parts)
+
+
+_PARTS = tuple(part.name for part in fields(_Pool))
 
 
 # -- the search -------------------------------------------------------------------------------------------------------
@@ -507,10 +511,11 @@ class _Search:
         return pool[pool.size + pool.slack >= floor]
 
     def _settled(self, pool: _Pool, which: Tensor) -> _Pool:
-        size, slack = pool.size.clone(), pool.slack.clone()
+        size, slack, sure = pool.size.clone(), pool.slack.clone(), pool.sure.clone()
         size[which] = self.halved(self.verified(pool[which]))
-        slack[which] = _SETTLED * size[which]
-        return replace(pool, size=size, slack=slack)
+        slack[which] = torch.maximum(1e-12 * size[which], 1e-6 * slack[which])  # float64 in another order of summation
+        sure[which] = 1
+        return replace(pool, size=size, slack=slack, sure=sure)
 
     def halved(self, exact: Tensor) -> Tensor:
         """Return half the magnitude of exact coefficients, in scaled units: what screening computes."""
@@ -768,7 +773,8 @@ class _Block:
         keep = origin + column >= start + inp[row] + self.search.exclude_self
         row, column = row[keep], column[keep]
         size = values[row, column].double()
-        return _Pool(self.first + out[row], start + inp[row], origin + column, size, u * size + slack[row].double())
+        slack, sure = u * size + slack[row].double(), torch.zeros_like(row, dtype=torch.uint8)
+        return _Pool(self.first + out[row], start + inp[row], origin + column, size, slack, sure)
 
 
 # -- state on disk ----------------------------------------------------------------------------------------------------
@@ -805,8 +811,7 @@ class _State:
                     "name another folder"
                 )
             device = self.search.writers.device
-            fields = ("out", "left", "right", "size", "slack")
-            found = {n: _Pool(*(file.get_tensor(f"{n}.{field}").to(device) for field in fields)) for n in pools}
+            found = {n: _Pool(*(file.get_tensor(f"{n}.{part}").to(device) for part in _PARTS)) for n in pools}
         return int(about["next"]), found
 
     def due(self) -> bool:
@@ -816,8 +821,7 @@ class _State:
     def save(self, following: int, pools: dict[str, _Pool]) -> None:
         """Write the state so that a kill at any time leaves the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fields = ("out", "left", "right", "size", "slack")
-        tensors = {f"{n}.{f}": part for n, pool in pools.items() for f, part in zip(fields, pool.parts(), strict=True)}
+        tensors = {f"{n}.{p}": part for n, pool in pools.items() for p, part in zip(_PARTS, pool.parts(), strict=True)}
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         save_file(tensors, partial, {"fingerprint": self.fingerprint, "next": str(following)})
         os.replace(partial, self.path)
