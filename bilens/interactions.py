@@ -30,6 +30,7 @@ SAVE_EVERY = 1.0  # seconds between two checkpoints
 _SHAPES = 24  # tiles of so many widths at most
 _SCRATCH = 3 << 24  # bytes that the libraries take for themselves: buffers, 0.7 MB of kernel for each shape
 _FLOAT32_ROUNDOFF = 2.0**-24
+_UNDERFLOW = 2.0**-100  # what may be lost below the smallest numbers, beside a largest of about 1
 _TIE = 1 - 2.0**-20  # coefficients closer than this may tie, and then the index decides
 _WIDTHS = 32  # matrix products in bfloat16 want legs that are a multiple of this
 
@@ -255,6 +256,14 @@ def _scaled(name: str, tensor: Tensor) -> tuple[Tensor, int]:
     return tensor * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2), exponent
 
 
+def _scaled_rows(name: str, tensor: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Scale each row to a largest entry of about 1; return also the rows' scales and the exponent of all."""
+    tensor, exponent = _scaled(name, tensor)
+    largest = tensor.abs().amax(1).double() if tensor.numel() else tensor.new_zeros(len(tensor)).double()
+    scale = torch.where(largest > 0, largest.clamp(min=2.0**-100).log2().floor().exp2(), 1.0)
+    return tensor / scale.to(tensor.dtype)[:, None], scale, exponent
+
+
 def _padded(tensor: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
 
@@ -321,6 +330,7 @@ class _Search:
     memory: int
     dtype: torch.dtype
     exponent: int  # exact value = 2 ** exponent · scaled value
+    scale: Tensor  # of each output feature's coefficients beside those of the others
     readers: Tensor | None  # float32, scaled
     down: Tensor
     left: Tensor
@@ -338,8 +348,12 @@ class _Search:
             raise ValueError(f"screen must be torch.bfloat16 or torch.float32, got {dtype}")
         width = -(-B.inp // _WIDTHS) * _WIDTHS
         down, e_down = _scaled("B.down", B.down)
+        readers, scale, e_out = None, None, 0
+        if out is None:
+            down, scale, e_down = _scaled_rows("B.down", B.down)
+        else:
+            readers, scale, e_out = _scaled_rows("out", out)
         (left, e_left), (right, e_right) = _scaled("B.left", B.left), _scaled("B.right", B.right)
-        readers, e_out = (None, 0) if out is None else _scaled("out", out)
         eye = torch.eye(B.inp, dtype=down.dtype, device=down.device)
         exact, e_inp = _scaled("inp", eye if inp is None else _with_constant(inp, B))
         rounded = _padded(exact, width).to(dtype)
@@ -347,7 +361,7 @@ class _Search:
         error = torch.linalg.vector_norm(rounded[:, : B.inp].to(exact.dtype) - exact, dim=1) * (1 + 1e-6)
         return cls(
             B, out, inp, k, per_output, exclude_self, memory, dtype, e_down + e_left + e_right + e_out + 2 * e_inp,
-            None if readers is None else readers.float(), down.float(),
+            scale, None if readers is None else readers.float(), down.float(),
             _padded(left, width).float(), _padded(right, width).float(), rounded, norm.float(), error.float(),
             _padded(exact, width).float(),
         )  # fmt: skip
@@ -661,6 +675,7 @@ class _Block:
     def __init__(self, search: _Search, first: int, M: Tensor, M_error: Tensor, so_far: _Pool, space: _Space):
         self.search, self.first, self.n, self.space = search, first, len(M), space
         self.pools = search.pools() | {"all": so_far}
+        self.scale = search.scale[first : first + len(M)]
         self.before = {name: self._floor(name) for name in self.pools}
         self.floors, self.limits = dict(self.before), dict.fromkeys(self.pools, 0)
         d = search.width
@@ -684,13 +699,14 @@ class _Block:
         A_error = norm * (M_error + sums * M_norm) + u * A_norm
         if error.any():
             A_error = A_error + error * (M_largest + M_error)
-        return A_error * norm.max() + (A_norm + A_error) * error.max() + sums * A_norm * norm.max()
+        slack = A_error * norm.max() + (A_norm + A_error) * error.max() + sums * A_norm * norm.max()
+        return slack + _UNDERFLOW * (slack > 0)
 
     def _floor(self, name: str) -> Tensor:
         """Return what a coefficient must reach to matter for a pool, for each output feature of this block."""
         pool, k = self.pools[name], self.search.count(name)
         floor = pool.floor(k).expand(self.n) if name == "all" else pool.floor_of_each(k, self.first, self.n)
-        return floor.float()
+        return (floor / self.scale).float()
 
     def screen(self, plan: _Plan) -> dict[str, _Pool]:
         """Go through the tiles of the upper triangle; return the pools with what this block adds."""
@@ -714,7 +730,7 @@ class _Block:
         """Add the coefficients of a tile that may matter to a pool, and raise its floor when it has grown."""
         u, floor = self.search.roundoff, self.floors[name]
         slack = self.slack[start : start + len(highest)]
-        if floor.isinf().any():  # the first tiles: nothing to compare with yet
+        if floor.isneginf().any():  # the first tiles: nothing to compare with yet
             floor = torch.maximum(floor, self._first_floor(name, S, highest, slack))
         upper = highest * (1 + u) + slack
         hit = ((upper >= floor) & (upper > self.before[name])).flatten().nonzero()[:, 0]
@@ -744,9 +760,9 @@ class _Block:
         for out, some in zip((outs - self.first).tolist(), mine.split(counts.tolist()), strict=True):
             left, right = search.fine_writers[pool.left[some]], search.fine_writers[pool.right[some]]
             half = torch.where(pool.left[some] == pool.right[some], 0.5, 1.0)
-            size[some] = ((left @ self.M[out]) * right).sum(1).abs().double() * half
+            size[some] = ((left @ self.M[out]) * right).sum(1).abs().double() * half * self.scale[out]
             norms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
-            slack[some] = (self.M_slack[out] * norms).double()
+            slack[some] = (self.M_slack[out] * norms + _UNDERFLOW).double() * self.scale[out]
         better = slack < pool.slack
         size, slack = torch.where(better, size, pool.size), torch.where(better, slack, pool.slack)
         search.compare(pool, size, slack)
@@ -756,9 +772,12 @@ class _Block:
         """Return what the k-th strongest of this tile alone surely reaches."""
         k, u = self.search.count(name), self.search.roundoff
         if name == "all":
-            some = highest.flatten() if highest.numel() > k else S.flatten()[: 8 * k]  # a part is enough, and cheaper
-            kth = some.topk(k).values[-1].float() if len(some) > k else slack.new_tensor(-torch.inf)
-            return (kth * (1 - u) - slack.max()).expand(self.n)
+            some = (highest * self.scale).flatten()  # one of each row is enough
+            if len(some) <= k:
+                some = S[: -(-8 * k // S.shape[1])]
+                some = (some * self.scale.repeat(-(-len(some) // self.n))[: len(some), None]).flatten()
+            kth = some.topk(k).values[-1] if len(some) > k else some.new_tensor(-torch.inf)
+            return ((kth * (1 - u) - (slack * self.scale).max()) / self.scale).float()
         mine = S.view(-1, self.n, S.shape[1]).transpose(0, 1).flatten(1)
         if mine.shape[1] <= k:
             return slack.new_full((self.n,), -torch.inf)
@@ -772,9 +791,10 @@ class _Block:
         row, column = (values * (1 + u) + slack[:, None] >= floor[out, None]).nonzero(as_tuple=True)
         keep = origin + column >= start + inp[row] + self.search.exclude_self
         row, column = row[keep], column[keep]
-        size = values[row, column].double()
-        slack, sure = u * size + slack[row].double(), torch.zeros_like(row, dtype=torch.uint8)
-        return _Pool(self.first + out[row], start + inp[row], origin + column, size, slack, sure)
+        out, size = out[row], values[row, column].double()
+        slack = (u * size + slack[row].double()) * self.scale[out]
+        sure = torch.zeros_like(row, dtype=torch.uint8)
+        return _Pool(self.first + out, start + inp[row], origin + column, size * self.scale[out], slack, sure)
 
 
 # -- state on disk ----------------------------------------------------------------------------------------------------

@@ -101,9 +101,9 @@ def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen,
     B = BilinearTensor(*(torch.randn(shape, generator=g, dtype=dtype) for shape in ((6, 40), (40, 33), (40, 33))))
     out, inp = torch.randn(7, 6, generator=g, dtype=dtype) * scale, torch.randn(20, 33, generator=g, dtype=dtype)
     inp[3], inp[5], inp[8], inp[9] = inp[4], 0, inp[7] * (1 + 2.0**-12), inp[7] * (1 + 2.0**-22)
-    inp[11], inp[12], out[2], out[4] = inp[11] * 1e-3, inp[12] * 30, out[1], 0
+    inp[11], inp[12], out[2], out[4], out[5] = inp[11] * 1e-3, inp[12] * 30, out[1], 0, out[5] * 1e-12
     plan(g)
-    found = top_interactions(B, k, out, inp, screen=screen, memory=memory)
+    found = top_interactions(B, k, out, inp, screen=screen, memory=memory, per_output=4)
     expected = brute_force(B.to(torch.float64), out, inp)[:k]
     exact = {tuple(pair): value for value, *pair in brute_force(B.to(torch.float64), out, inp)}
     tolerance = 1e-11 if wide else 1e-6
@@ -112,6 +112,9 @@ def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen,
         assert value == pytest.approx(exact[tuple(pair)], rel=tolerance, abs=1e-13 * scale)
         assert abs(value) == pytest.approx(abs(best), rel=tolerance, abs=1e-13 * scale)
     assert found.certificate.error <= found.certificate.bound
+    small = found.per_output.value[20:24].tolist()  # of the output feature that is tiny beside the others
+    strongest = [value for value, o, *_ in brute_force(B.to(torch.float64), out, inp) if o == 5][:4]
+    assert [abs(value) for value in small] == pytest.approx([abs(value) for value in strongest], rel=tolerance)
 
 
 def medium(n_out=48, n_in=300, d=64, hidden=128, seed=0):
