@@ -88,9 +88,9 @@ def load(
         raise ValueError(f"name must be {EMBEDDED!r}, a folder or a Hub repository, got an empty string")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(sorted(map(str, DTYPES)))}, got {dtype}")
-    source = _Source.find(name, revision)
+    source = Source.find(name, revision)
     config_file = source.file("config.json")
-    config = _read_json(config_file)
+    config = read_json(config_file)
     tensors = _read_tensors(source, dtype)
     model = _build(config, tensors, config_file)
     model.tokenizer = _find_tokenizer(source, config, tokenizer)
@@ -144,7 +144,7 @@ def save(model: "BilinearTransformer", folder: str | os.PathLike[str]) -> None:
 # -- where files come from --------------------------------------------------------------------------------------------
 
 
-class _Source:
+class Source:
     """A folder or a Hub repository; finds files by name."""
 
     def __init__(self, name: str, folder: Path | None, revision: str | None):
@@ -152,7 +152,8 @@ class _Source:
         self.commit: str | None = None  # on the Hub: where the first file came from, so that all are of one state
 
     @classmethod
-    def find(cls, name: str | os.PathLike[str], revision: str | None) -> "_Source":
+    def find(cls, name: str | os.PathLike[str], revision: str | None) -> "Source":
+        """Return the folder or repository of that name."""
         folder = assets() if name == EMBEDDED else Path(name).expanduser()
         if folder.is_dir() or name == EMBEDDED:
             if revision is not None:
@@ -191,7 +192,7 @@ class _Source:
             return None  # the cache remembers that this commit does not have it; the Hub need not be asked again
         try:
             path = Path(huggingface_hub.hf_hub_download(self.name, filename, revision=self.commit or self.revision))
-            self.commit = path.parent.name
+            self.commit = path.parents[filename.count("/")].name
             return path
         except GatedRepoError as error:
             raise FileNotFoundError(
@@ -225,7 +226,8 @@ class _Source:
         return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a `CheckpointError` names the file if it is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -235,14 +237,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(source: _Source, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, Path]]:
+def _read_tensors(source: Source, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, Path]]:
     """Read every tensor and the file it came from, checked to be finite floating point."""
     whole = source.optional("model.safetensors")
     index = None if whole else source.optional("model.safetensors.index.json")
     if index is None:
         shards = [whole or source.file("model.safetensors")]
     else:
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         named = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
         for shard in named:
             if not isinstance(shard, str) or Path(shard).name != shard:
@@ -296,12 +298,12 @@ def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 
 def _find_tokenizer(
-    source: _Source, config: Mapping[str, Any], given: str | os.PathLike[str] | None
+    source: Source, config: Mapping[str, Any], given: str | os.PathLike[str] | None
 ) -> Tokenizer | None:
     """Return the tokenizer asked for, else the checkpoint's own, else (on the Hub) the one that its config names."""
     if given is not None:
         path = Path(given)
-        return read_tokenizer(path if path.is_file() else _Source.find(given, None).file("tokenizer.json"))
+        return read_tokenizer(path if path.is_file() else Source.find(given, None).file("tokenizer.json"))
     own = source.optional("tokenizer.json")
     if own is not None:
         return read_tokenizer(own)
@@ -312,7 +314,7 @@ def _find_tokenizer(
         named = f"tdooms/TinyStories-{config['n_vocab']}"
     if named is not None:
         try:
-            return read_tokenizer(_Source(named, None, None).file("tokenizer.json"))
+            return read_tokenizer(Source(named, None, None).file("tokenizer.json"))
         except FileNotFoundError as error:
             reason = str(error)
     else:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import EMBEDDED, CheckpointError, assets, read_safetensors
+from .checkpoints import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
 from .transformer import BilinearTransformer
 
 POINTS = {  # names of the published layout, and what they are called here
@@ -88,7 +88,7 @@ def load_scope(repo_or_folder: str | Path, name: str, *, revision: str | None = 
             map (bilinear encoder, token lookup).
     """
     folder = _scope_folder(repo_or_folder, name, revision)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     tensors = dict(read_safetensors(folder / "model.safetensors"))
     for key in ("bilinear_encoder", "token_lookup"):
         if config.get(key):
@@ -121,25 +121,16 @@ def load_scope(repo_or_folder: str | Path, name: str, *, revision: str | None = 
 
 def _scope_folder(repo_or_folder: str | Path, name: str, revision: str | None) -> Path:
     """Return the local folder of one SAE, downloaded if need be."""
-    root = Path(repo_or_folder).expanduser()
-    if root.is_dir():
-        if not (root / name / "model.safetensors").is_file():
-            raise FileNotFoundError(
-                _no_sae(name, root, sorted(p.parent.name for p in root.glob("*/model.safetensors")))
-            )
-        return root / name
-    repo = str(repo_or_folder)
-    try:
-        files = [huggingface_hub.hf_hub_download(repo, f"{name}/{f}", revision=revision) for f in SCOPE_FILES]
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{name} of {repo} is not in the local cache and the Hub cannot be reached") from error
-    except huggingface_hub.errors.EntryNotFoundError as error:
-        there = huggingface_hub.list_repo_files(repo, revision=revision)
-        names = sorted({Path(file).parent.name for file in there if file.endswith("model.safetensors")})
-        raise FileNotFoundError(_no_sae(name, repo, names)) from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{repo!r} is neither a folder here nor a repository on the Hub") from error
-    return Path(files[0]).parent
+    source = Source.find(repo_or_folder, revision)
+    paths = [source.optional(f"{name}/{file}") for file in SCOPE_FILES]
+    if None not in paths:
+        return paths[0].parent
+    if source.folder is None:
+        there = huggingface_hub.list_repo_files(source.name, revision=revision)
+    else:
+        there = [str(path.relative_to(source.folder)) for path in source.folder.glob("*/model.safetensors")]
+    names = sorted({Path(file).parent.name for file in there if file.endswith("/model.safetensors")})
+    raise FileNotFoundError(_no_sae(name, source.name, names))
 
 
 SCOPE_FILES = ("config.json", "model.safetensors")
