@@ -20,6 +20,8 @@ from .tensor import BilinearTensor as BilinearTensor
 if TYPE_CHECKING:
     from . import attribution as attribution
     from . import circuits as circuits
+    from . import interventions as interventions
+    from . import motifs as motifs
     from . import plots as plots
     from . import report as report
     from . import saes as saes
@@ -40,7 +42,18 @@ _LATER = {
     "BilinearTransformer": "transformer",
     "attribute": "attribution",
 }
-_MODULES = ("attribution", "checkpoints", "circuits", "layers", "plots", "report", "saes", "transformer")
+_MODULES = (
+    "attribution",
+    "checkpoints",
+    "circuits",
+    "interventions",
+    "layers",
+    "motifs",
+    "plots",
+    "report",
+    "saes",
+    "transformer",
+)
 
 __all__ = [
     "BilinearTensor",

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import einsum
@@ -96,6 +97,16 @@ class FeatureLayer:
         if side == "inp" and feature == len(self.writers):
             return "(constant)"
         return f"#{feature}" if contexts is None else contexts.label(feature, self.model)
+
+
+_ELSEWHERE = {"search": "motifs", "Circuit": "interventions", "test": "interventions", "remove_pair": "interventions"}
+
+
+def __getattr__(name: str) -> Any:
+    """Find the search for motifs, and the tests of a circuit, in the modules that hold them."""
+    if name in _ELSEWHERE:
+        return getattr(import_module(f".{_ELSEWHERE[name]}", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # -- from the weights -------------------------------------------------------------------------------------------------

@@ -305,8 +305,8 @@ class _Plan:
         free -= (rows - 1) * one_row
         outputs = min(n_out, 64, 1 + free // 3 // one_output)
         free -= (outputs - 1) * one_output
-        matrices = min(n_out, max(outputs, min(64, free // 2 // one_matrix)))
-        tile = max(1 << 21, 1024 * n_in)  # entries: small enough for the cache, enough rows for a fast product
+        matrices = min(n_out, max(outputs, min(256, free // 2 // one_matrix)))
+        tile = max(1 << 22, 1024 * n_in)  # entries: small enough for the cache, enough rows for a fast product
         inputs = max(1, min(n_in, tile // (outputs * n_in), free // 8 // (n_in * item * outputs)))
         look = max(1, min(1 << 27, free // 8) // (n_in * 100))
         align = -(-n_in // _SHAPES // inputs) * inputs

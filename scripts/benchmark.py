@@ -25,7 +25,7 @@ from bilens import BilinearTensor, saes
 
 K = 1000
 SHAPES = {  # d_model, hidden, features, outputs timed
-    "ts-medium": (512, 2048, 2048, 256),
+    "ts-medium": (512, 2048, 2048, 2048),
     "fw-medium": (1024, 4096, 8192, 118),
 }
 
@@ -118,11 +118,11 @@ def ranking(device: str) -> None:
         ours, theirs = duel(
             lambda B=B, some=some, writers=writers: bilens.top_interactions(B, K, out=some, inp=writers),
             lambda B=B, some=some, writers=writers, few=few: project_then_topk(B, some[:few], writers, K),
-            runs=3 if n > 4096 else 5, device=device,
+            runs=1 if n > 4096 else 3 if n > 1024 else 5, device=device,
         )  # fmt: skip
         ours, theirs = ours / len(some) * n_out, theirs / few * n_out
         roofline = n_out * n**2 * d / product_rate(d, n, device)
-        extent = "" if outputs is None else f", from {outputs} of {n_out} outputs"
+        extent = "" if len(some) == n_out else f", from {outputs} of {n_out} outputs"
         note = f"d {d}, {n} features; alternative from {few} outputs{extent}; {ours / roofline:.2f}x the roofline"
         row(f"top {K}, {name}", ours, theirs, note)
 
@@ -245,20 +245,22 @@ class Plain(nn.Module):
 def forward(device: str) -> None:
     """Compare (c) and (d): cached forward passes against transformer_lens, plain ones against a plain module."""
     model = bilens.load("bilens-mini", device=device)
-    tokens = torch.randint(model.cfg.d_vocab, (16, 256), generator=torch.Generator().manual_seed(0)).to(device)
     theirs, plain = lens_model(model).to(device), Plain(model)
-    logits = model(tokens)
-    torch.testing.assert_close(theirs(tokens), logits, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(plain(tokens), logits, rtol=1e-3, atol=1e-3)
     pair = [f"blocks.{layer}.hook_mlp_{side}" for layer in range(model.cfg.n_layers) for side in ("in", "out")]
-    for what, names in (("hook_mlp_in, hook_mlp_out of all layers", lambda name: name in pair), ("everything", None)):
-        times = duel(
-            lambda names=names: model.run_with_cache(tokens, names_filter=names),
-            lambda names=names: theirs.run_with_cache(tokens, names_filter=names), runs=21, device=device,
-        )  # fmt: skip
-        row(f"forward caching {what}", *times, "against transformer_lens' HookedTransformer, 16 x 256 tokens")
-    times = duel(lambda: model(tokens), lambda: plain(tokens), runs=41, device=device)
-    row("forward without hooks", *times, "against a plain nn.Module, 16 x 256 tokens")
+    for batch, seq in ((1, 64), (16, 256)):
+        g = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.cfg.d_vocab, (batch, seq), generator=g).to(device)
+        logits, runs = model(tokens), 41 if batch == 1 else 15
+        torch.testing.assert_close(theirs(tokens), logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(plain(tokens), logits, rtol=1e-3, atol=1e-3)
+        for what, names in (("every hook_mlp_in and hook_mlp_out", lambda name: name in pair), ("everything", None)):
+            times = duel(
+                lambda tokens=tokens, names=names: model.run_with_cache(tokens, names_filter=names),
+                lambda tokens=tokens, names=names: theirs.run_with_cache(tokens, names_filter=names), runs, device,
+            )  # fmt: skip
+            row(f"forward caching {what}", *times, f"against HookedTransformer, {batch} x {seq} tokens")
+        times = duel(lambda tokens=tokens: model(tokens), lambda tokens=tokens: plain(tokens), 2 * runs, device)
+        row("forward without hooks", *times, f"against a plain nn.Module, {batch} x {seq} tokens")
 
 
 def imports(device: str) -> None:

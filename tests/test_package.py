@@ -13,7 +13,7 @@ PACKAGE = Path(bilens.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
     *("tensor", "decompositions", "interactions", "layers", "transformer", "checkpoints", "saes", "attribution"),
-    *("circuits", "toys", "images", "annealing", "plots", "report", "__init__", "__main__"),
+    *("circuits", "motifs", "interventions", "toys", "images", "annealing", "plots", "report", "__init__", "__main__"),
 ]
 HOMES = {  # third parties that stay in one place
     "transformer_lens": {"layers", "transformer"},
