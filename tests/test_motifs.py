@@ -227,7 +227,8 @@ def test_null_weights_give_no_discoveries():
 @pytest.mark.parametrize("null", motifs.NULLS)
 def test_every_null_model_finds_the_strongest_and_gates(null):
     layer, truth = planted_layer(2, strength=20, n_out=32)
-    found = search(layer, ["and"], null=null, generator=seeded(), n=320)
+    n = 1280 if null == "signs" else 320  # the signs of a few coefficients are little evidence
+    found = search(layer, ["and"], null=null, generator=seeded(), n=n)
     gates = [o for o, (motif, _) in truth.items() if motif == "and"]
     assert found.nulls[0].name == null
     assert set(gates) <= {one.out for one in found.found}
