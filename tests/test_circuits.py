@@ -4,6 +4,7 @@ import pytest
 import torch
 from sae_lens import TopKSAE, TopKSAEConfig
 
+import bilens
 from bilens import circuits
 from bilens.circuits import FeatureLayer
 
@@ -111,3 +112,11 @@ def test_the_embedded_model_has_a_negation_circuit_that_holds_when_run():
         assert before - found.removals[f"without {role}"] > 3 * abs(before - control)
     assert max(found.means, key=found.means.get) == found.target
     assert found.prediction_error < 1e-4
+
+
+def test_what_lives_in_other_modules_is_found_here():
+    assert circuits.search is bilens.motifs.search
+    assert circuits.test is bilens.interventions.test
+    assert circuits.remove_pair is bilens.interventions.remove_pair
+    with pytest.raises(AttributeError, match=r"module 'bilens\.circuits' has no attribute 'serch'"):
+        circuits.serch  # noqa: B018
