@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from .tensor import BilinearTensor
+from .tensor import BilinearTensor, with_constant
 
 _MATRIX_BYTES = 2**26  # interaction matrices held at once by `eigen` and `spectrum_in_basis`
 _SCREEN_BYTES = 2**24  # and decomposed by `top_outputs`
@@ -133,9 +133,7 @@ def spectrum_in_basis(
     _check_finite("writers", writers)
     directions = _directions("readers", readers, B)
     dtype = _working(B.down.dtype)
-    D = writers.double()
-    if B.constant:
-        D = torch.block_diag(D, D.new_ones(1, 1))
+    D = with_constant(writers.double(), B)
     U, R = _thin(D, torch.finfo(_working(writers.dtype)).eps)
     k = len(R) if k is None else k
     if not 1 <= k <= len(R):
@@ -320,7 +318,7 @@ class _Screen:
 
     def __init__(self, matrices: "_Matrices", gram: Tensor):
         d, device = matrices.B.inp, gram.device
-        self.matrices, self.dtype = matrices, _screen_dtype(device)
+        self.matrices, self.dtype = matrices, screen_dtype(device)
         self.roundoff = torch.finfo(self.dtype).eps / 2
         self.sums = 4 * d**0.5 * 2.0**-24  # sums of d terms in float32, whose errors are at random
         self.chunk = max(16, d // 4)  # readers that share one pass over the cube
@@ -371,10 +369,10 @@ class _Screen:
         return torch.cat(norms).double() * (1 + 1e-4)  # of a long sum in float32
 
 
-def _screen_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which a batch of matrix products is fastest."""
-    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+def screen_dtype(device: torch.device) -> torch.dtype:
+    """Return the fastest dtype whose products this device sums in float32."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

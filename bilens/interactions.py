@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .tensor import BilinearTensor
+from .decompositions import screen_dtype
+from .tensor import BilinearTensor, with_constant
 
 SAVE_EVERY = 1.0  # seconds between two checkpoints
 _SHAPES = 24  # tiles of so many widths at most
@@ -240,12 +241,6 @@ _PARTS = tuple(part.name for part in fields(_Pool))
 # -- the search -------------------------------------------------------------------------------------------------------
 
 
-def _screen_dtype(device: torch.device) -> torch.dtype:
-    """Return the fastest dtype whose products this device sums in float32."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 def _scaled(name: str, tensor: Tensor) -> tuple[Tensor, int]:
     """Return a tensor divided by a power of two, so that its largest entry is about 1, and that power's exponent."""
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -282,7 +277,7 @@ class _Plan:
 
     @classmethod
     def of(cls, search: "_Search", memory: int) -> "_Plan":
-        n_out, n_in, d, hidden, B_out = search.n_out, search.n_in, search.width, search.hidden, search.B_out
+        n_out, n_in, d, hidden, B_out = search.n_out, search.n_in, search.width, search.B.hidden, search.B.out
         item = search.dtype.itemsize
         packed = 2  # products keep a second copy of one factor
         fixed = search.bytes + packed * n_in * d * item + memory // 8  # the last for the factors in float64
@@ -343,7 +338,7 @@ class _Search:
 
     @classmethod
     def of(cls, B, k, out, inp, per_output, exclude_self, memory, screen) -> "_Search":
-        dtype = _screen_dtype(B.down.device) if screen is None else screen
+        dtype = screen_dtype(B.down.device) if screen is None else screen
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"screen must be torch.bfloat16 or torch.float32, got {dtype}")
         width = -(-B.inp // _WIDTHS) * _WIDTHS
@@ -355,7 +350,7 @@ class _Search:
             readers, scale, e_out = _scaled_rows("out", out)
         (left, e_left), (right, e_right) = _scaled("B.left", B.left), _scaled("B.right", B.right)
         eye = torch.eye(B.inp, dtype=down.dtype, device=down.device)
-        exact, e_inp = _scaled("inp", eye if inp is None else _with_constant(inp, B))
+        exact, e_inp = _scaled("inp", eye if inp is None else with_constant(inp, B))
         rounded = _padded(exact, width).to(dtype)
         norm = torch.linalg.vector_norm(rounded.to(exact.dtype), dim=1) * (1 + 1e-6)
         error = torch.linalg.vector_norm(rounded[:, : B.inp].to(exact.dtype) - exact, dim=1) * (1 + 1e-6)
@@ -377,14 +372,6 @@ class _Search:
     @property
     def width(self) -> int:
         return self.writers.shape[1]
-
-    @property
-    def hidden(self) -> int:
-        return self.B.hidden
-
-    @property
-    def B_out(self) -> int:
-        return self.B.out
 
     @property
     def bytes(self) -> int:
@@ -459,7 +446,7 @@ class _Search:
         down = B.down[outs].double() if self.out is None else self.out[outs].double() @ B.down.double()
         if self.inp is None:
             return down, B.left.double().T[features], B.right.double().T[features]
-        D = _with_constant(self.inp, B)[features].double()
+        D = with_constant(self.inp, B)[features].double()
         return down, D @ B.left.double().T, D @ B.right.double().T
 
     def exact(self, pool: _Pool) -> Tensor:
@@ -586,17 +573,12 @@ def _order(pool: _Pool, key: Tensor, name: str, k: int) -> Tensor:
     return order[rank < k]
 
 
-def _with_constant(writers: Tensor, B: BilinearTensor) -> Tensor:
-    """Give the writers the constant as one more leg and as one more writer, if there is one."""
-    return torch.block_diag(writers, writers.new_ones(1, 1)) if B.constant else writers
-
-
 class _Space:
     """The large arrays of a search, allocated once: fresh memory costs more than what is computed in it."""
 
     def __init__(self, search: _Search, plan: _Plan):
         n, d, new = plan.outputs, search.width, search.writers.new_empty
-        self.piece = new(search.hidden * plan.rows * d, dtype=torch.float32)
+        self.piece = new(search.B.hidden * plan.rows * d, dtype=torch.float32)
         self.part = new(plan.matrices * plan.rows * d, dtype=torch.float32)
         self.M = new(plan.matrices * d * d, dtype=torch.float32)
         self.lost = new(n * d * d, dtype=torch.float32)
@@ -643,9 +625,9 @@ class _Matrices:
             M[:, start:, some] = part.view(n, self.rows, -1).mT
         roundoff = _FLOAT32_ROUNDOFF if torch.get_float32_matmul_precision() == "highest" else 2.0**-8
         norm = torch.linalg.vector_norm(M, dim=(1, 2))
-        error = search.hidden**0.5 * (torch.linalg.vector_norm(weights * self.term_norm, dim=1) + norm)
+        error = search.B.hidden**0.5 * (torch.linalg.vector_norm(weights * self.term_norm, dim=1) + norm)
         if self.cube is not None:
-            error += search.B_out**0.5 * torch.linalg.vector_norm(readers * self.cube_norm, dim=1)
+            error += search.B.out**0.5 * torch.linalg.vector_norm(readers * self.cube_norm, dim=1)
         return M, 4 * roundoff * error
 
 

@@ -188,6 +188,11 @@ class BilinearTensor:
         return replace(self, **{name: getattr(self, name).detach() for name in ("down", "left", "right")})
 
 
+def with_constant(writers: Float[Tensor, "n_in d"], B: BilinearTensor) -> Float[Tensor, "rows inp"]:
+    """Give writers the constant as one more leg and as one more writer, if the layer has one."""
+    return torch.block_diag(writers, writers.new_ones(1, 1)) if B.constant else writers
+
+
 def _change_input(factor: Tensor, inp: Tensor | None, inp_bias: Tensor | None, constant: bool) -> tuple:
     """Return one input factor in a new basis, and its new constant column if there is one."""
     linear, bias = (factor[:, :-1], factor[:, -1]) if constant else (factor, None)

@@ -16,6 +16,8 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -97,25 +99,31 @@ def check_folder(folder: Path, manifest: dict) -> None:
         )
 
 
-def write(path: Path, text: str | bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to that becomes the file at the end, so that a kill leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode() if isinstance(text, str) else text)
+    yield partial
     os.replace(partial, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def write_table(path: Path, found: bilens.Interactions) -> str:
     """Write a ranking as parquet or csv; return its hash."""
     columns = {name: part.cpu().tolist() for name, part in found._asdict().items()}
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".csv":
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-    else:
-        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        if path.suffix == ".csv":
+            with partial.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
+        else:
+            pyarrow.parquet.write_table(pyarrow.table(columns), partial)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -134,7 +142,7 @@ def main() -> None:
         dist.barrier()  # every rank has looked before one writes
     if first:
         args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "manifest.json", json.dumps(manifest, indent=1))
+        write_json(args.out / "manifest.json", manifest)
     found = bilens.top_interactions(
         model.blocks[args.layer].mlp.tensor().detach(), args.k, out=saes.readers(out), inp=saes.writers(inp),
         per_output=args.per_output, exclude_self=args.exclude_self, memory=int(args.memory * 2**30), progress=first,
@@ -144,10 +152,7 @@ def main() -> None:
         tables = {"pairs": found} | ({} if found.per_output is None else {"per-output": found.per_output})
         hashes = {name: write_table(args.out / f"{name}.{args.format}", table) for name, table in tables.items()}
         certificate = {name: str(value) for name, value in vars(found.certificate).items()}
-        write(
-            args.out / "manifest.json",
-            json.dumps({**manifest, "tables": hashes, "certificate": certificate}, indent=1),
-        )
+        write_json(args.out / "manifest.json", {**manifest, "tables": hashes, "certificate": certificate})
         shutil.rmtree(args.out / "state")
         print(f"{found}\n{found.certificate}\n{', '.join(f'{n}.{args.format}' for n in tables)} in {args.out}")
     if shared:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sae_lens import TopKSAE, TopKSAEConfig
+from test_circuits import random_sae
 
 import bilens.checkpoints as checkpoints
 from bilens import circuits, interventions
@@ -21,19 +21,9 @@ TEXTS = [
 LAYER = 0
 
 
-def random_sae(hook, d_in=16, d_sae=40, k=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=k)).double()
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / d_in**0.5)
-    sae.cfg.metadata.hook_name = hook
-    return sae
-
-
 def make_lens(model):
     hooks = f"blocks.{LAYER}.hook_mlp_in", f"blocks.{LAYER}.hook_mlp_out"
-    return FeatureLayer(model, LAYER, *(random_sae(hook, seed=seed) for seed, hook in enumerate(hooks)))
+    return FeatureLayer(model, LAYER, *(random_sae(hook, k=24, seed=seed) for seed, hook in enumerate(hooks)))
 
 
 @pytest.fixture(params=[(False, False), (True, True)], ids=["no bias", "biases"])

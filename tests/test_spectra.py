@@ -35,7 +35,7 @@ def scores(B, readers, by):
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32])
 def screen(request, monkeypatch):
-    monkeypatch.setattr(decompositions, "_screen_dtype", lambda device: request.param)
+    monkeypatch.setattr(decompositions, "screen_dtype", lambda device: request.param)
     return request.param
 
 
