@@ -19,7 +19,9 @@ from .tensor import BilinearTensor as BilinearTensor
 
 if TYPE_CHECKING:
     from . import attribution as attribution
+    from . import cards as cards
     from . import circuits as circuits
+    from . import couplings as couplings
     from . import interventions as interventions
     from . import motifs as motifs
     from . import plots as plots
@@ -44,8 +46,10 @@ _LATER = {
 }
 _MODULES = (
     "attribution",
+    "cards",
     "checkpoints",
     "circuits",
+    "couplings",
     "interventions",
     "layers",
     "motifs",

@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import saes as _saes
+from .cards import FILE, FeatureCards, auroc, check_sae
 from .decompositions import Eigen, eigen
 from .interactions import Interactions, top_interactions
-from .saes import SAE, Contexts, activations, offsets, readers, to_rows, writers
+from .saes import SAE, activations, offsets, readers, to_rows, writers
 from .tensor import BilinearTensor
 from .transformer import BilinearTransformer
 
@@ -32,26 +33,32 @@ class FeatureLayer:
     layer: int
     inp: SAE
     out: SAE
-    inp_contexts: Contexts | None = None
-    out_contexts: Contexts | None = None
+    inp_cards: FeatureCards | None = None
+    out_cards: FeatureCards | None = None
 
     @classmethod
     def load(cls, model: BilinearTransformer, layer: int, saes: str | Path = "bilens-mini") -> "FeatureLayer":
-        """Put a layer between the SAEs stored under `saes`, with their contexts if they have been stored too.
+        """Put a layer between the SAEs stored under `saes`, with their feature cards if they have been stored too.
 
         Args:
             model: The model.
             layer: Which block.
             saes: `"bilens-mini"`, or a folder that `bilens.saes.fit` wrote.
+
+        Raises:
+            ValueError: No such layer; or SAEs that were fitted elsewhere, or to a model with other weights.
         """
         if not 0 <= layer < model.cfg.n_layers:
             raise ValueError(f"layer must lie between 0 and {model.cfg.n_layers - 1}, got {layer}")
         hooks = [f"blocks.{layer}.hook_mlp_in", f"blocks.{layer}.hook_mlp_out"]
+        loaded = [_saes.load(saes, hook) for hook in hooks]
+        for sae, hook in zip(loaded, hooks, strict=True):
+            check_sae(model, sae, hook)
         stored = [
-            Contexts.load(saes, hook) if (_saes.sae_folder(saes, hook) / "contexts.safetensors").exists() else None
+            FeatureCards.load(saes, hook, model) if (_saes.sae_folder(saes, hook) / FILE).exists() else None
             for hook in hooks
         ]
-        return cls(model, layer, *(_saes.load(saes, hook) for hook in hooks), *stored)
+        return cls(model, layer, *loaded, *stored)
 
     def __repr__(self) -> str:
         n_in, n_out = self.inp.cfg.d_sae, self.out.cfg.d_sae
@@ -91,19 +98,29 @@ class FeatureLayer:
         matrix = self.tensor.matrix(directions)
         return matrix[..., :-1, :-1] if self.tensor.constant else matrix
 
-    def label(self, side: Literal["inp", "out"], feature: int) -> str:
-        """Name a feature by the tokens and contexts at which it is most active."""
-        contexts = self.inp_contexts if side == "inp" else self.out_contexts
-        if side == "inp" and feature == len(self.writers):
+    def label(
+        self,
+        side: Literal["inp", "out"],
+        features: int | Sequence[int],
+        weights: Sequence[float] | None = None,
+    ) -> str:
+        """Name a feature, or a group with weights, by the tokens at which it is most active (`saes.Contexts.label`)."""
+        cards = self.inp_cards if side == "inp" else self.out_cards
+        if side == "inp" and features == len(self.writers):
             return "(constant)"
-        return f"#{feature}" if contexts is None else contexts.label(feature, self.model)
+        if cards is not None:
+            return cards.contexts.label(features, self.model, weights=weights)
+        return ", ".join(f"#{feature}" for feature in ([features] if isinstance(features, int) else features))
 
 
-_ELSEWHERE = {"search": "motifs", "Circuit": "interventions", "test": "interventions", "remove_pair": "interventions"}
+_ELSEWHERE = {
+    **{"search": "motifs", "Circuit": "interventions", "test": "interventions", "remove_pair": "interventions"},
+    **dict.fromkeys(("couple", "negation_couplings", "test_coupling"), "couplings"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Find the search for motifs, and the tests of a circuit, in the modules that hold them."""
+    """Find the searches, and the tests of what they find, in the modules that hold them."""
     if name in _ELSEWHERE:
         return getattr(import_module(f".{_ELSEWHERE[name]}", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -184,7 +201,6 @@ class Prediction:
         )
 
 
-@torch.no_grad()
 def predict(
     lens: FeatureLayer, feature: int, dataset: Sequence[str] | Int[Tensor, "row seq"], k: int = 2
 ) -> Prediction:
@@ -193,12 +209,23 @@ def predict(
     `ŷ = Σ_{i≤k} λ_i (v_i · x)²` with x what enters the MLP (2410.08417, section 5.2 and figure 9). BOS and padding are
     left out. A correlation over fewer than three positions is NaN.
     """
+    return predict_all(lens, [feature], dataset, k)[0]
+
+
+@torch.no_grad()
+def predict_all(
+    lens: FeatureLayer, features: Sequence[int], dataset: Sequence[str] | Int[Tensor, "row seq"], k: int = 2
+) -> list[Prediction]:
+    """Do what `predict` does for several output features, in one pass over the dataset."""
     x, y = _inputs_and_outputs(lens, dataset)
-    top = top_eigen(lens, feature, k)
+    activations_ = lens.out.encode(y)
     if lens.tensor.constant:
         x = torch.cat((x, x.new_ones(len(x), 1)), 1)
+    return [_predict(x, activations_[:, feature], top_eigen(lens, feature, k)) for feature in features]
+
+
+def _predict(x: Float[Tensor, "position inp"], actual: Float[Tensor, " position"], top: Eigen) -> Prediction:
     predicted = (x @ top.vectors.T).pow(2) @ top.values
-    actual = lens.out.encode(y)[:, feature]
     active = actual != 0
     overall, alone = _pearson(predicted, actual), _pearson(predicted[active], actual[active])
     return Prediction(actual, predicted, overall, alone, int(active.sum()))
@@ -385,9 +412,9 @@ def _best_triple(lens: FeatureLayer, tokens: Mapping, target: tuple[str, str]) -
     def cat(values: Mapping, keep: object) -> Tensor:
         return torch.cat([value for cell, value in values.items() if keep(cell)])
 
-    negated = _auroc(cat(z, lambda c: c[0] == "negated"), cat(z, lambda c: c[0] == "plain"))
-    feeling = _auroc(cat(z, lambda c: c[1] == target[1]), cat(z, lambda c: c[1] != target[1]))
-    others = [_auroc(pre[target], value) for cell, value in pre.items() if cell != target]
+    negated = auroc(cat(z, lambda c: c[0] == "negated"), cat(z, lambda c: c[0] == "plain"))
+    feeling = auroc(cat(z, lambda c: c[1] == target[1]), cat(z, lambda c: c[1] != target[1]))
+    others = [auroc(pre[target], value) for cell, value in pre.items() if cell != target]
     stands = torch.stack(others).min(0).values
     stands[active[target].mean(0) < 0.3] = 0  # a feature that is hardly ever active there stands for something else
     outs, negations, sentiments = (
@@ -408,14 +435,14 @@ def _best_triple(lens: FeatureLayer, tokens: Mapping, target: tuple[str, str]) -
         return None
     o, n, s = (int(i) for i in torch.unravel_index(contribution.argmax(), contribution.shape))
     out, negation, sentiment = int(outs[o]), int(negations[n]), int(sentiments[s])
-    auroc = {
+    separates = {
         "feature": stands[out].item(),
         "negation": negated[negation].item(),
         "sentiment": feeling[sentiment].item(),
     }
     means = {cell: value[:, out].mean().item() for cell, value in pre.items()}
     coverage = both[n, s].item() / len(one)
-    return _Triple(out, negation, sentiment, coverage, contribution[o, n, s].item(), auroc, means)
+    return _Triple(out, negation, sentiment, coverage, contribution[o, n, s].item(), separates, means)
 
 
 def _test_triple(lens: FeatureLayer, triple: _Triple, tokens: Mapping, target: tuple[str, str]) -> NegationCircuit:
@@ -465,12 +492,3 @@ def _control(lens: FeatureLayer, triple: _Triple, groups: Sequence[Tensor]) -> f
     others = strength.topk(8).indices.tolist()
     after = [torch.cat([remove(lens, i, triple.feature, g).measured for g in groups]).mean() for i in others]
     return torch.stack(after).mean().item()
-
-
-def _auroc(positive: Float[Tensor, "p feature"], negative: Float[Tensor, "n feature"]) -> Float[Tensor, " feature"]:
-    """Area under the ROC curve of each column: the chance that a positive exceeds a negative, ties counting half."""
-    columns = torch.cat((positive, negative)).double().T.contiguous()
-    first, last = (torch.searchsorted(columns.sort(1).values, columns, side=side) for side in ("left", "right"))
-    ranks = (first + last + 1).T / 2  # ties share their mean rank
-    n, m = len(positive), len(negative)
-    return ((ranks[:n].sum(0) - n * (n + 1) / 2) / (n * m)).to(positive.dtype)

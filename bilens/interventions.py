@@ -8,7 +8,7 @@ it was. `remove_pair` alone changes weights, those of a copy.
 # ruff: noqa: PT028
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from . import saes as _saes
 from .circuits import FeatureLayer, NegationCircuit, top_eigen
-from .saes import Rows, activations, to_rows
+from .motifs import Discovery
+from .saes import Rows, activations, text_of_rows, to_rows, trim
 from .transformer import BilinearTransformer
 
 _ROWS = 32  # windows that run at a time
@@ -41,6 +42,20 @@ class Circuit:
     def __post_init__(self):
         if self.left == self.right:
             raise ValueError(f"left and right must be two different input features, got {self.left} twice")
+
+    @classmethod
+    def of(cls, lens: FeatureLayer, discovery: Discovery) -> "Circuit":
+        """Return the pair of a motif with the largest coefficient: between its first two groups, or with its source.
+
+        Args:
+            lens: The layer that was searched.
+            discovery: What `circuits.search` found.
+        """
+        strength = lens.coefficients(discovery.out).abs().fill_diagonal_(-1)
+        left = discovery.groups[0].features
+        right = discovery.groups[1].features if len(discovery.groups) > 1 else torch.arange(len(strength))
+        i, j = divmod(int(strength[left][:, right].argmax()), len(right))
+        return cls(lens.layer, discovery.out, int(left[i]), int(right[j]))
 
 
 AnyCircuit = Circuit | NegationCircuit
@@ -85,16 +100,35 @@ def without_pair(
         right: Another input feature.
         where: At which positions; everywhere if `None`.
     """
-    for name, index in (("left", left), ("right", right)):
-        _check_index(name, index, len(lens.writers), "input features", lens)
-    if left == right:
-        raise ValueError(f"left and right must be two different input features, got {left} twice")
-    term = 2 * interaction(lens, left, right)
+    with without_pairs(lens, [left], [right], where) as model:
+        yield model
 
-    def strength(x: Tensor) -> Tensor:
-        return _codes(lens, x)[..., [left, right]].prod(-1)
 
-    with _without_term(lens, strength, term, where) as model:
+@contextmanager
+def without_pairs(
+    lens: FeatureLayer, left: Sequence[int], right: Sequence[int], where: Bool[Tensor, "batch seq"] | None = None
+) -> Iterator[BilinearTransformer]:
+    """Take the products of two groups of input features out of what the MLP computes, `y' = y - 2 B(x_A, x_B)`.
+
+    With `x_A = Σ_{i in A} z_i d_i` that is `Σ_{i,j} 2 z_i z_j B(d_i, d_j)`, every pair of one feature of either group
+    at once; what each group does by itself stays.
+
+    Args:
+        lens: The layer.
+        left: Input features.
+        right: Other input features.
+        where: At which positions; everywhere if `None`.
+    """
+    for name, group in (("left", left), ("right", right)):
+        for index in group:
+            _check_index(name, index, len(lens.writers), "input features", lens)
+    if twice := set(left) & set(right):
+        raise ValueError(f"left and right must be different input features, got {min(twice)} twice")
+
+    def between(x: Tensor) -> Tensor:
+        return product(lens, _codes(lens, x), left, right)
+
+    with _without(lens, between, where) as model:
         yield model
 
 
@@ -118,10 +152,11 @@ def without_eigenvector(
     _check_index("index", index, lens.tensor.inp, "eigenvectors", lens)
     top, reader = top_eigen(lens, feature, index + 1), lens.readers[feature]
 
-    def strength(x: Tensor) -> Tensor:
-        return (_homogeneous(lens, x.to(reader)) @ top.vectors[index]).pow(2) * top.values[index]
+    def share(x: Tensor) -> Tensor:
+        strength = (_homogeneous(lens, x.to(reader)) @ top.vectors[index]).pow(2) * top.values[index]
+        return strength[..., None] * reader / reader.dot(reader)
 
-    with _without_term(lens, strength, reader / reader.dot(reader), where) as model:
+    with _without(lens, share, where) as model:
         yield model
 
 
@@ -164,20 +199,19 @@ def _push(
 
 
 @contextmanager
-def _without_term(
+def _without(
     lens: FeatureLayer,
-    strength: Callable[[Tensor], Tensor],
-    term: Float[Tensor, " d_model"],
+    part: Callable[[Float[Tensor, "b s d"]], Float[Tensor, "b s d"]],
     where: Bool[Tensor, "batch seq"] | None,
 ) -> Iterator[BilinearTransformer]:
-    """Subtract `strength(x) · term` from what the MLP makes of x."""
+    """Subtract `part(x)` from what the MLP makes of x."""
     seen = {}
 
     def look(x: Tensor, hook: object) -> None:
-        seen["strength"] = strength(x)
+        seen["part"] = part(x)
 
     def edit(y: Tensor, hook: object) -> Tensor:
-        return y - _at(where, seen.pop("strength")[..., None] * term).to(y)
+        return y - _at(where, seen.pop("part")).to(y)
 
     with lens.model.hooks(fwd_hooks=[(lens.hook_in, look), (lens.hook_out, edit)]) as model:
         yield model
@@ -225,13 +259,35 @@ def interaction(lens: FeatureLayer, left: int, right: int) -> Float[Tensor, " d_
     return _interactions(lens, torch.tensor([left]), torch.tensor([right]))[0]
 
 
+def product(
+    lens: FeatureLayer, z: Float[Tensor, "*batch feature"], left: Sequence[int], right: Sequence[int]
+) -> Float[Tensor, "*batch d_model"]:
+    """Return what two groups of input features write together, `2 B(x_A, x_B)` with `x_A = Σ_{i in A} z_i d_i`.
+
+    Args:
+        lens: The layer.
+        z: Activations of all input features.
+        left: The features of the one group.
+        right: Those of the other.
+    """
+    left, right = list(left), list(right)
+    return 2 * _polar(lens, *(z[..., group] @ lens.writers[group] for group in (left, right)))
+
+
 def _interactions(
     lens: FeatureLayer, left: Int[Tensor, " pair"], right: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair d_model"]:
-    B, d = lens.tensor, lens.writers
-    L, R = (factor[:, : d.shape[1]] for factor in (B.left, B.right))  # a difference has no constant coordinate
-    a, b = d[left].to(L), d[right].to(L)
-    return ((a @ L.T) * (b @ R.T) + (b @ L.T) * (a @ R.T)) @ B.down.T / 2
+    return _polar(lens, lens.writers[left], lens.writers[right])
+
+
+def _polar(
+    lens: FeatureLayer, a: Float[Tensor, "*batch d_model"], b: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """Return `B(a, b)` with B symmetric; a difference of inputs has no constant coordinate."""
+    B, d = lens.tensor, a.shape[-1]
+    L, R = (factor[:, :d].T for factor in (B.left, B.right))
+    a, b = a.to(L), b.to(L)
+    return ((a @ L) * (b @ R) + (b @ L) * (a @ R)) @ B.down.T / 2
 
 
 def remove_pair(
@@ -400,7 +456,7 @@ class Edit:
     @property
     def percentile(self) -> dict[str, float]:
         """Share, in percent, of the random directions with a smaller effect; ties count half."""
-        return _percentiles(self.effect, self.directions)
+        return percentiles(self.effect, self.directions)
 
     def __repr__(self) -> str:
         one = {name: value[0].item() for name, value in self.effect._asdict().items()}
@@ -478,12 +534,12 @@ class CircuitTest:
 
         The change of the loss is compared with its sign: a high one means that the model predicts worse without.
         """
-        return _percentiles(self.edits["pair"].effect, self.matched.effects)
+        return percentiles(self.edits["pair"].effect, self.matched.effects)
 
     @property
     def percentile_rescaled(self) -> dict[str, float]:
         """The same among the matched pairs at the circuit's strength."""
-        return _percentiles(self.edits["pair"].effect, self.matched.rescaled)
+        return percentiles(self.edits["pair"].effect, self.matched.rescaled)
 
     def __repr__(self) -> str:
         c, p = self.circuit, self.percentile
@@ -494,7 +550,8 @@ class CircuitTest:
         )
 
 
-def _percentiles(effect: Effects, others: Effects) -> dict[str, float]:
+def percentiles(effect: Effects, others: Effects) -> dict[str, float]:
+    """Return the share, in percent, of other edits with a smaller effect, ties half; NaN where one is unknown."""
     return {
         name: 100 * ((other < one).double() + 0.5 * (other == one).double()).mean().item()
         if len(other) and not (one.isnan().any() or other.isnan().any())
@@ -576,14 +633,14 @@ def test(
         raise ValueError(f"max_windows must be at least 1, got {max_windows}")
     scan = _scan(lens, circuit, texts, ks)
     low_rank = _low_rank(scan, ks, min_active, n_bootstrap, confidence, generator)
-    base = _base(lens, circuit, scan, max_windows)
-    edits = _edits(base, n_directions, min_active, generator)
+    base = _windows(lens, circuit, scan, max_windows)
+    edits = _edits(base, circuit, n_directions, min_active, generator)
     steered = None
     if words is not None:
         amounts = [multiple * _mean_active(scan, circuit) for multiple in multiples]
         options = {"n_directions": n_directions, "generator": generator}
         steered = steering(lens, circuit.feature, prompts, words, amounts, **options)
-    matched = _matched(base, n_pairs)
+    matched = _matched(base, circuit, n_pairs)
     n_all = int(scan.together.sum())
     return CircuitTest(circuit, low_rank, edits, matched, len(base.rows.tokens), len(base.x), n_all, steered)
 
@@ -624,11 +681,11 @@ def steering(
     if n_directions < 1:
         raise ValueError(f"n_directions must be at least 1, got {n_directions}")
     rows = to_rows(lens.model, list(prompts))
-    windows = torch.bincount(_text_of_rows(lens.model, prompts), minlength=len(prompts))
+    windows = torch.bincount(text_of_rows(lens.model, prompts), minlength=len(prompts))
     if (windows != 1).any():
         bad, most = int((windows != 1).nonzero()[0]), lens.model.cfg.n_ctx - 1
         raise ValueError(f"prompts must each have 1 to {most} tokens, got number {bad}: {prompts[bad][:40]!r}")
-    rows = Rows(*(part.to(lens.model.W_E.device) for part in _trim(rows)))
+    rows = Rows(*(part.to(lens.model.W_E.device) for part in trim(rows)))
     ids = [torch.tensor([lens.model.to_single_token(word) for word in some]) for some in words]
     resid = lens.model(rows.tokens, attention_mask=rows.attend, stop_at_layer=lens.layer)
     along, last = directions[feature], (torch.arange(len(rows.tokens)), rows.attend.sum(1) - 1)
@@ -681,7 +738,7 @@ def _scan(lens: FeatureLayer, circuit: Circuit, texts: Sequence[str] | Tensor, k
     top = top_eigen(lens, circuit.feature, max(ks))
     together, actual, predicted = torch.zeros_like(rows.counts), [], []
     for start in range(0, len(rows.tokens), _ROWS):
-        some = _trim(Rows(*(part[start : start + _ROWS] for part in rows)))
+        some = trim(Rows(*(part[start : start + _ROWS] for part in rows)))
         found = activations(lens.model, some, [lens.hook_in, lens.hook_out])
         x, y = (found[hook][some.counts].to(lens.readers) for hook in (lens.hook_in, lens.hook_out))
         parts = ((_homogeneous(lens, x) @ top.vectors.T).pow(2) * top.values).cumsum(1)
@@ -689,23 +746,8 @@ def _scan(lens: FeatureLayer, circuit: Circuit, texts: Sequence[str] | Tensor, k
         actual.append(lens.out.encode(y)[:, circuit.feature].cpu())
         both = (_codes(lens, x)[:, [circuit.left, circuit.right]] != 0).all(1)
         together[start : start + _ROWS, : some.tokens.shape[1]][some.counts] = both.cpu()
-    text = _text_of_rows(lens.model, texts)[:, None].expand_as(rows.counts)[rows.counts]
+    text = text_of_rows(lens.model, texts)[:, None].expand_as(rows.counts)[rows.counts]
     return _Scan(rows, text, torch.cat(actual), torch.cat(predicted), together)
-
-
-def _text_of_rows(model: BilinearTransformer, texts: Sequence[str] | Tensor) -> Int[Tensor, " row"]:
-    """Return which text each window is cut from."""
-    if isinstance(texts, Tensor):
-        return torch.arange(len(texts))
-    encodings = model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    windows = [-(-len(encoding.ids) // (model.cfg.n_ctx - 1)) for encoding in encodings]
-    return torch.arange(len(texts)).repeat_interleave(torch.tensor(windows))
-
-
-def _trim(rows: Rows) -> Rows:
-    """Cut columns that are padding in every row."""
-    width = int(rows.attend.any(0).nonzero().max()) + 1
-    return Rows(*(part[:, :width] for part in rows))
 
 
 def _low_rank(
@@ -754,60 +796,92 @@ def _scores(moments: Float[Tensor, "*batch 6"]) -> tuple[Float[Tensor, "*batch"]
 
 
 @dataclass(frozen=True)
-class _Base:
-    """The windows that are edited, as they are; `position` runs over where the pair is active."""
+class Windows:
+    """Windows of text that are edited at some positions, and what the model makes of them as they are."""
 
     lens: FeatureLayer
-    circuit: Circuit
+    reader: Float[Tensor, " d_model"]  # what is read of the layer's output
     rows: Rows
     where: Bool[Tensor, "row seq"]
     resid: Float[Tensor, "row seq d_model"]  # entering the layer
     resid_post: Float[Tensor, "row seq d_model"]  # leaving it
-    x: Float[Tensor, "position d_model"]
+    x: Float[Tensor, "position d_model"]  # `position` runs over `where`
     y: Float[Tensor, "position d_model"]
     z: Float[Tensor, "position feature"]
     logits: Float[Tensor, "position vocab"]
     following: Int[Tensor, " position"]  # the next token, -100 where there is none
 
-    @property
-    def reader(self) -> Float[Tensor, " d_model"]:
-        return self.lens.readers[self.circuit.feature]
+    @classmethod
+    def run(
+        cls,
+        lens: FeatureLayer,
+        reader: Float[Tensor, " d_model"],
+        rows: Rows,
+        where: Bool[Tensor, "row seq"],
+        most: int,
+    ) -> "Windows":
+        """Run the first windows with a position in `where`, cut after the token that follows the last such position."""
+        chosen = where.any(1).nonzero()[:most, 0]
+        stop = int(where[chosen].any(0).nonzero().max()) + 2
+        model, n = lens.model, lens.model.cfg.n_layers
+        rows = Rows(*(part[chosen, :stop].to(model.W_E.device) for part in rows))
+        where = where[chosen, :stop].to(model.W_E.device)
+        hooks = [f"blocks.{lens.layer}.{name}" for name in ("hook_resid_pre", "hook_mlp_in", "hook_mlp_out")]
+        hooks.append(f"blocks.{lens.layer}.hook_resid_post")
+        resid, found = model.run_with_cache(
+            rows.tokens, attention_mask=rows.attend, names_filter=hooks, stop_at_layer=n, return_cache_object=False
+        )
+        before, x, y, after = (found[hook] for hook in hooks)
+        following = torch.full_like(rows.tokens, -100)
+        following[:, :-1] = rows.tokens[:, 1:].masked_fill(~rows.attend[:, 1:], -100)
+        logits = model.unembed(model.ln_final(resid[where]))
+        parts = (x[where], y[where], _codes(lens, x[where]), logits, following[where])
+        return cls(lens, reader, rows, where, before, after, *parts)
 
     def finish(self, resid: Float[Tensor, "row seq d_model"]) -> Float[Tensor, "position vocab"]:
         """Return the logits that a residual stream after the last layer gives."""
         model = self.lens.model
         return model.unembed(model.ln_final(resid[self.where]))
 
+    def with_change(self, change: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocab"]:
+        """Return the logits with a change added to the layer's output at those positions."""
+        model, resid = self.lens.model, self.resid_post.clone()
+        resid[self.where] += change.to(resid)
+        span = {"start_at_layer": self.lens.layer + 1, "stop_at_layer": model.cfg.n_layers}
+        return self.finish(model(resid, attention_mask=self.rows.attend, **span))
 
-def _base(lens: FeatureLayer, circuit: Circuit, scan: _Scan, max_windows: int) -> _Base:
-    """Select windows in which the pair is active, cut after the token that follows its last position, and run them."""
-    chosen = scan.together.any(1).nonzero()[:max_windows, 0]
-    if not len(chosen):
+    def effects(self, changes: Iterable[Float[Tensor, "position d_model"]]) -> Effects:
+        """Add changes to the layer's output at those positions, one after the other, and measure."""
+        measured = []
+        for change in changes:
+            pre = (change.to(self.reader) @ self.reader).abs().mean().double()
+            measured.append(torch.stack((pre, *self.compare(self.with_change(change)))))
+        return Effects(*torch.stack(measured).T) if measured else Effects(*self.x.new_zeros(4, 0))
+
+    def compare(self, logits: Float[Tensor, "position vocab"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean divergence, change of the logits, and change of the loss; in float64, as they can be tiny."""
+        before, after = self.logits.double(), logits.double()
+        log_before, log_after = before.log_softmax(-1), after.log_softmax(-1)
+        kl = (log_before.exp() * (log_before - log_after)).sum(-1).mean()
+        known = self.following != -100
+        change = (log_before - log_after)[known].gather(1, self.following[known, None])
+        return kl, (after - before).norm(dim=1).mean(), change.mean()
+
+
+def _windows(lens: FeatureLayer, circuit: Circuit, scan: _Scan, most: int) -> Windows:
+    """Run the first windows in which the pair is active."""
+    if not scan.together.any():
         n = int(scan.rows.counts.sum())
         raise ValueError(
             f"texts must hold a position where input features {circuit.left} and {circuit.right} are both active, "
             f"none of {n} is one"
         )
-    stop = int(scan.together[chosen].any(0).nonzero().max()) + 2
-    model, n = lens.model, lens.model.cfg.n_layers
-    rows = Rows(*(part[chosen, :stop].to(model.W_E.device) for part in scan.rows))
-    where = scan.together[chosen, :stop].to(model.W_E.device)
-    hooks = [f"blocks.{lens.layer}.{name}" for name in ("hook_resid_pre", "hook_mlp_in", "hook_mlp_out")]
-    hooks.append(f"blocks.{lens.layer}.hook_resid_post")
-    resid, found = model.run_with_cache(
-        rows.tokens, attention_mask=rows.attend, names_filter=hooks, stop_at_layer=n, return_cache_object=False
-    )
-    before, x, y, after = (found[hook] for hook in hooks)
-    following = torch.full_like(rows.tokens, -100)
-    following[:, :-1] = rows.tokens[:, 1:].masked_fill(~rows.attend[:, 1:], -100)
-    logits = model.unembed(model.ln_final(resid[where]))
-    parts = (x[where], y[where], _codes(lens, x[where]), logits, following[where])
-    return _Base(lens, circuit, rows, where, before, after, *parts)
+    return Windows.run(lens, lens.readers[circuit.feature], scan.rows, scan.together, most)
 
 
-def _edits(base: _Base, n_directions: int, least: int, generator: torch.Generator) -> dict[str, Edit]:
+def _edits(base: Windows, c: Circuit, n_directions: int, least: int, generator: torch.Generator) -> dict[str, Edit]:
     """Take each part of the circuit out of the running model, and the same amount of something random."""
-    lens, c = base.lens, base.circuit
+    lens = base.lens
     managers = {
         "left": without_feature(lens, c.left, base.where),
         "right": without_feature(lens, c.right, base.where),
@@ -816,21 +890,23 @@ def _edits(base: _Base, n_directions: int, least: int, generator: torch.Generato
     }
     names = {"left": f"without input feature {c.left}", "right": f"without input feature {c.right}"}
     names |= {"pair": f"without {c.left} × {c.right}", "eigenvector": f"without the top eigenvector of {c.feature}"}
-    predicted, edits = _predictions(base), {}
+    predicted, edits = _predictions(base, c), {}
     for name, manager in managers.items():
         with manager:
             after, logits = _run(base)
         change = after - base.y
         measured = change.to(base.reader) @ base.reader
-        effect = Effects(*(value[None] for value in (measured.abs().mean().double(), *_compare(base, logits))))
-        random = _random_changes(base, name, change, _unit(n_directions, len(base.reader), generator))
-        edits[name] = Edit(names[name], predicted[name], measured, effect, _effects(base, random), least)
+        effect = Effects(*(value[None] for value in (measured.abs().mean().double(), *base.compare(logits))))
+        random = _random_changes(
+            base, {"left": c.left, "right": c.right}.get(name), change, _unit(n_directions, len(base.reader), generator)
+        )
+        edits[name] = Edit(names[name], predicted[name], measured, effect, base.effects(random), least)
     return edits
 
 
-def _predictions(base: _Base) -> dict[str, Float[Tensor, " position"]]:
+def _predictions(base: Windows, c: Circuit) -> dict[str, Float[Tensor, " position"]]:
     """Return what the weights say about each edit: the change of the output feature's pre-activation."""
-    lens, c = base.lens, base.circuit
+    lens = base.lens
     x, matrix = _homogeneous(lens, base.x.to(base.reader)), lens.tensor.matrix(base.reader)
     width = base.x.shape[1]
 
@@ -846,7 +922,7 @@ def _predictions(base: _Base) -> dict[str, Float[Tensor, " position"]]:
     return {"left": alone(c.left), "right": alone(c.right), "pair": -2 * coefficient * both, "eigenvector": eigenvector}
 
 
-def _run(base: _Base) -> tuple[Float[Tensor, "position d_model"], Float[Tensor, "position vocab"]]:
+def _run(base: Windows) -> tuple[Float[Tensor, "position d_model"], Float[Tensor, "position vocab"]]:
     """Run the windows from the layer on, under whatever hooks there are; return the MLP's output and the logits."""
     resid, found = base.lens.model.run_with_cache(
         base.resid,
@@ -860,10 +936,12 @@ def _run(base: _Base) -> tuple[Float[Tensor, "position d_model"], Float[Tensor, 
 
 
 def _random_changes(
-    base: _Base, name: str, change: Float[Tensor, "position d_model"], units: Float[Tensor, "edit d_model"]
+    base: Windows, feature: int | None, change: Float[Tensor, "position d_model"], units: Float[Tensor, "edit d_model"]
 ) -> Iterator[Float[Tensor, "position d_model"]]:
-    """Yield changes of the MLP's output along random directions, as large as the circuit's at every position."""
-    feature = {"left": base.circuit.left, "right": base.circuit.right}.get(name)
+    """Yield changes of the MLP's output along random directions, as large as the edit's at every position.
+
+    In place of an input feature a random direction of the same norm is taken out of the input.
+    """
     for unit in units.to(change):
         if feature is None:
             yield change.norm(dim=1, keepdim=True) * unit
@@ -873,37 +951,9 @@ def _random_changes(
             yield B.apply(x - removed) - B.apply(x)
 
 
-def _effects(base: _Base, changes: Iterator[Float[Tensor, "position d_model"]]) -> Effects:
-    """Add changes to the MLP's output where the pair is active, one after the other, and measure."""
-    measured = []
-    for change in changes:
-        resid = base.resid_post.clone()
-        resid[base.where] += change.to(resid)
-        model = base.lens.model
-        after = model(
-            resid,
-            attention_mask=base.rows.attend,
-            start_at_layer=base.lens.layer + 1,
-            stop_at_layer=model.cfg.n_layers,
-        )
-        pre = (change.to(base.reader) @ base.reader).abs().mean().double()
-        measured.append(torch.stack((pre, *_compare(base, base.finish(after)))))
-    return Effects(*torch.stack(measured).T) if measured else Effects(*base.x.new_zeros(4, 0))
-
-
-def _compare(base: _Base, logits: Float[Tensor, "position vocab"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean divergence, change of the logits, and change of the loss; in float64, as they can be tiny."""
-    before, after = base.logits.double(), logits.double()
-    log_before, log_after = before.log_softmax(-1), after.log_softmax(-1)
-    kl = (log_before.exp() * (log_before - log_after)).sum(-1).mean()
-    known = base.following != -100
-    change = (log_before - log_after)[known].gather(1, base.following[known, None])
-    return kl, (after - before).norm(dim=1).mean(), change.mean()
-
-
-def _matched(base: _Base, n: int) -> MatchedPairs:
+def _matched(base: Windows, c: Circuit, n: int) -> MatchedPairs:
     """Remove the n other pairs that are most nearly as strong at the same positions."""
-    c, least = base.circuit, max(1.0, 0.1 * len(base.z))
+    least = max(1.0, 0.1 * len(base.z))
     often = ((base.z != 0).sum(0) >= least).nonzero()[:, 0]
     z = base.z[:, often]
     active = (z != 0).to(z)
@@ -919,4 +969,4 @@ def _matched(base: _Base, n: int) -> MatchedPairs:
     strengths = (base.z[:, left] * base.z[:, right]).T[..., None]
     as_they_are = (strength * term for strength, term in zip(strengths, terms, strict=True))
     rescaled = (strength * term for strength, term in zip(strengths, terms / scale[:, None], strict=True))
-    return MatchedPairs(left, right, scale, _effects(base, as_they_are), _effects(base, rescaled))
+    return MatchedPairs(left, right, scale, base.effects(as_they_are), base.effects(rescaled))

@@ -32,24 +32,38 @@ def _figure(
     return figure
 
 
-def spectrum(values: Float[Tensor, " k"], n_marked: int = 2) -> go.Figure:
+def spectrum(values: Float[Tensor, " k"], n_marked: int = 2, null: Float[Tensor, "2 k"] | None = None) -> go.Figure:
     """Plot eigenvalues by rank, the outliers coloured by sign (2410.08417, figures 3 and 27).
 
     Args:
         values: Eigenvalues, strongest |value| first, as `eigen` returns them.
         n_marked: How many of the strongest to mark.
+        null: Lowest and highest eigenvalue of each rank by value that a null model gives, drawn as a band.
     """
     order = values.argsort(descending=True)
     sizes = [11 if i < n_marked else 5 for i in order.tolist()]
     colors = [(POSITIVE if values[i] > 0 else NEGATIVE) if i < n_marked else NEUTRAL for i in order.tolist()]
+    ranks = list(range(1, len(values) + 1))
     trace = go.Scatter(
-        x=list(range(1, len(values) + 1)),
-        y=values[order].tolist(),
+        x=ranks,
+        y=_rounded(values[order]),
         mode="markers",
         marker={"size": sizes, "color": colors},
         hovertemplate="λ = %{y:.4f}<extra></extra>",
     )
-    return _figure(trace, title="Spectrum", xaxis_title="rank by value", yaxis_title="eigenvalue λ")
+    band = [] if null is None else _band(ranks, *map(_rounded, null))
+    return _figure(*band, trace, title="Spectrum", xaxis_title="rank by value", yaxis_title="eigenvalue λ")
+
+
+def _band(x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str = NEUTRAL) -> list[go.Scatter]:
+    """Return two lines with what is between them filled."""
+    shared = {"x": list(x), "mode": "lines", "line": {"width": 0, "color": color}, "hoverinfo": "skip"}
+    return [go.Scatter(y=list(low), **shared), go.Scatter(y=list(high), fill="tonexty", opacity=0.3, **shared)]
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Return numbers at the precision a screen can show, which makes a page a third as large."""
+    return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def interaction_matrix(matrix: Float[Tensor, "n n"], labels: Sequence[str]) -> go.Figure:
@@ -63,7 +77,7 @@ def interaction_matrix(matrix: Float[Tensor, "n n"], labels: Sequence[str]) -> g
         raise ValueError(f"labels must name each of the {len(matrix)} features, got {len(labels)}")
     limit = matrix.abs().max().item() or 1.0
     trace = go.Heatmap(
-        z=matrix.tolist(),
+        z=[_rounded(row) for row in matrix],
         x=list(range(len(labels))),
         y=list(range(len(labels))),
         customdata=[[f"{a} × {b}" for b in labels] for a in labels],
@@ -93,8 +107,8 @@ def prediction(
     active = (actual != 0).nonzero()[:, 0]
     active = active[:: max(1, len(active) // n_most)]
     trace = go.Scatter(
-        x=predicted[active].tolist(),
-        y=actual[active].tolist(),
+        x=_rounded(predicted[active]),
+        y=_rounded(actual[active]),
         mode="markers",
         marker={"size": 5, "color": POSITIVE, "opacity": 0.5},
         hovertemplate="predicted %{x:.3f}, actual %{y:.3f}<extra></extra>",
@@ -121,7 +135,9 @@ def bars(values: Mapping[str, float], title: str, unit: str, marked: Sequence[st
         cliponaxis=False,
         hovertemplate="%{x}: %{y:.3f}<extra></extra>",
     )
-    return _figure(trace, title=title, yaxis_title=unit)
+    figure = _figure(trace, title=title, yaxis_title=unit)
+    figure.update_xaxes(automargin=True)
+    return figure
 
 
 def cosine_plane(points: Float[Tensor, "n 2"], labels: Sequence[str], axes: tuple[str, str]) -> go.Figure:
@@ -152,3 +168,65 @@ def cosine_plane(points: Float[Tensor, "n 2"], labels: Sequence[str], axes: tupl
 
 def _short(label: str, length: int = 26) -> str:
     return label if len(label) <= length else label[: length - 1] + "…"
+
+
+def low_rank(
+    k: Sequence[int],
+    active: tuple[Tensor, Tensor, Tensor],
+    overall: tuple[Tensor, Tensor, Tensor],
+) -> go.Figure:
+    """Plot how well the k strongest eigenvectors predict an output feature (2410.08417, figure 9), with intervals.
+
+    Args:
+        k: Numbers of eigenvectors.
+        active: Correlation over active positions, and the ends of its interval, as `interventions.LowRank` holds them.
+        overall: The same over all positions.
+    """
+    traces = []
+    for (value, low, high), name, color in ((active, "active", POSITIVE), (overall, "overall", NEGATIVE)):
+        kept = value.isfinite() & low.isfinite() & high.isfinite()
+        x = [one for one, keep in zip(k, kept.tolist(), strict=True) if keep]
+        traces += _band(x, _rounded(low[kept]), _rounded(high[kept]), color)
+        hover = f"{name}, k = %{{x}}: r = %{{y:.3f}}<extra></extra>"
+        line = {"color": color}
+        traces.append(go.Scatter(x=x, y=_rounded(value[kept]), mode="lines+markers", line=line, hovertemplate=hover))
+    figure = _figure(*traces, title="Predicted by k eigenvectors: active (orange), overall (blue)")
+    figure.update_xaxes(type="log", title="k", tickvals=list(k))
+    figure.update_yaxes(title="Pearson correlation")
+    return figure
+
+
+def predicted_measured(predicted: Float[Tensor, " position"], measured: Float[Tensor, " position"]) -> go.Figure:
+    """Scatter the change of an output feature that the weights predict for an edit against the one measured.
+
+    Args:
+        predicted: From the weights.
+        measured: In the running model.
+    """
+    ends = [float(f(torch.cat((predicted, measured)))) for f in (torch.min, torch.max)]
+    same = go.Scatter(x=ends, y=ends, mode="lines", line={"color": NEUTRAL, "dash": "dot"}, hoverinfo="skip")
+    hover = "predicted %{x:.4f}, measured %{y:.4f}<extra></extra>"
+    marker = {"size": 6, "color": POSITIVE, "opacity": 0.6}
+    x, y = _rounded(predicted), _rounded(measured)
+    points = go.Scatter(x=x, y=y, mode="markers", marker=marker, hovertemplate=hover)
+    axes = {"xaxis_title": "predicted from the weights", "yaxis_title": "measured"}
+    return _figure(same, points, title="Change of the output feature without the pair", **axes)
+
+
+def among(value: float, others: Float[Tensor, " n"], title: str, unit: str) -> go.Figure:
+    """Draw the histogram of what controls give, and where a value lies among them.
+
+    Args:
+        value: The one.
+        others: The controls'.
+        title: Goes above.
+        unit: What is measured.
+    """
+    figure = _figure(
+        go.Histogram(x=_rounded(others), marker_color=NEUTRAL, nbinsx=30, hovertemplate="%{x}: %{y}<extra></extra>"),
+        title=title,
+        xaxis_title=unit,
+        yaxis_title="controls",
+    )
+    figure.add_vline(x=value, line={"color": POSITIVE, "width": 3})
+    return figure

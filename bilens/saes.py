@@ -244,6 +244,23 @@ def to_rows(
     return Rows(tokens, attend, counts)
 
 
+def text_of_rows(
+    model: BilinearTransformer, texts: Sequence[str] | Int[Tensor, "row seq"], length: int | None = None
+) -> Int[Tensor, " row"]:
+    """Return which text each window of `to_rows` is cut from."""
+    if isinstance(texts, Tensor):
+        return torch.arange(len(texts))
+    encodings = model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    windows = [-(-len(encoding.ids) // ((length or model.cfg.n_ctx) - 1)) for encoding in encodings]
+    return torch.arange(len(texts)).repeat_interleave(torch.tensor(windows))
+
+
+def trim(rows: Rows) -> Rows:
+    """Cut columns that are padding in every row."""
+    width = int(rows.attend.any(0).nonzero().max()) + 1
+    return Rows(*(part[:, :width] for part in rows))
+
+
 def layer_of(hook: str) -> int:
     """Return the block that a hook point belongs to; the embedding counts as part of the first."""
     if hook == "hook_embed":
@@ -693,28 +710,62 @@ class Contexts:
     def __repr__(self) -> str:
         return f"Contexts({len(self.tokens)} features, {self.tokens.shape[1]} windows of {self.tokens.shape[2]} tokens)"
 
-    def top_tokens(self, feature: int, model: BilinearTransformer, n: int = 4) -> list[str]:
-        """Return the distinct tokens at the feature's strongest positions, most frequent first."""
-        at_peak = self.tokens[feature, :, self.peak]
-        counted: dict[str, float] = {}
-        for token, value in zip(at_peak.tolist(), self.values[feature, :, self.peak].tolist(), strict=True):
-            if token >= 0:
-                word = model.tokenizer.id_to_token(token)
-                counted[word] = counted.get(word, 0.0) + value
-        return sorted(counted, key=counted.get, reverse=True)[:n]
+    def top_tokens(
+        self,
+        features: int | Sequence[int],
+        model: BilinearTransformer,
+        n: int = 4,
+        weights: Sequence[float] | None = None,
+    ) -> list[str]:
+        """Return the tokens with the largest share of the activation at the strongest positions of features.
 
-    def label(self, feature: int, model: BilinearTransformer, n: int = 3) -> str:
-        """Name a feature by its top tokens, and by the word before them that most of its contexts share, if any."""
-        windows = [window for window in self.tokens[feature].tolist() if window[self.peak] >= 0]
+        Args:
+            features: A feature, or several.
+            model: Owner of the tokenizer.
+            n: How many tokens.
+            weights: Of the features; equal if `None`, and the sign does not matter.
+        """
+        counted: dict[int, float] = {}
+        for window, weight in self._windows(features, weights):
+            counted[window[self.peak]] = counted.get(window[self.peak], 0.0) + weight
+        return [model.tokenizer.id_to_token(token) for token in sorted(counted, key=counted.get, reverse=True)[:n]]
+
+    def label(
+        self,
+        features: int | Sequence[int],
+        model: BilinearTransformer,
+        n: int = 3,
+        weights: Sequence[float] | None = None,
+    ) -> str:
+        """Name a feature, or several together, by top tokens, and the word before that most contexts share, if any.
+
+        Arguments are those of `top_tokens`.
+        """
+        windows = list(self._windows(features, weights))
         if not windows:
             return "(never active)"
-        words = self.top_tokens(feature, model, n)
-        if len(words) == 1:  # always the same token: show the words before it, which tell such features apart
-            return self.snippet(feature, 0, model, before=3, after=0)
-        before = [token for window in windows for token in {*window[self.peak - 3 : self.peak]} if token >= 0]
-        shared = max(before, key=before.count, default=None)
-        cue = shared is not None and before.count(shared) > 0.7 * len(windows)
+        words = self.top_tokens(features, model, n, weights)
+        if isinstance(features, int) and len(words) == 1:
+            # always the same token: show the words before it, which tell such features apart
+            return self.snippet(features, 0, model, before=3, after=0)
+        before: dict[int, float] = {}
+        for window, weight in windows:
+            for token in {*window[self.peak - 3 : self.peak]} - {-1}:
+                before[token] = before.get(token, 0.0) + weight
+        shared, total = max(before, key=before.get, default=None), sum(weight for _, weight in windows)
+        cue = shared is not None and before[shared] > 0.7 * total
         return f"{model.tokenizer.id_to_token(shared)} … {' / '.join(words)}" if cue else " / ".join(words)
+
+    def _windows(
+        self, features: int | Sequence[int], weights: Sequence[float] | None
+    ) -> Iterator[tuple[list[int], float]]:
+        """Yield the windows of features, and each one's share of its feature's activation times the weight."""
+        features = [features] if isinstance(features, int) else features
+        for feature, weight in zip(features, [1.0] * len(features) if weights is None else weights, strict=True):
+            peaks = self.values[feature, :, self.peak]
+            for window, value in zip(self.tokens[feature].tolist(), peaks.tolist(), strict=True):
+                if window[self.peak] >= 0:
+                    yield window, abs(weight) * value / peaks.sum().item()
 
     def snippet(self, feature: int, n: int, model: BilinearTransformer, before: int = 8, after: int = 4) -> str:
         """Return one window as text, the peak in square brackets."""
@@ -723,17 +774,6 @@ class Contexts:
         right = [t for t in window[self.peak + 1 : self.peak + 1 + after] if t >= 0]
         peak = model.tokenizer.id_to_token(window[self.peak]) if window[self.peak] >= 0 else ""
         return f"{model.to_string(left)} [{peak}] {model.to_string(right)}".strip()
-
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file, values in half precision."""
-        tensors = {"tokens": self.tokens.to(torch.int16), "values": self.values.half(), "density": self.density.float()}
-        save_file(tensors, path, {"peak": str(self.peak)})
-
-    @classmethod
-    def load(cls, name: str | Path, hook: str) -> "Contexts":
-        """Read what is stored beside an SAE, by the same arguments as `bilens.saes.load`."""
-        tensors = load_file(sae_folder(name, hook) / "contexts.safetensors")
-        return cls(tensors["tokens"].long(), tensors["values"].float(), tensors["density"], peak=CONTEXT[0])
 
 
 CONTEXT = (10, 5)  # tokens kept before and after a peak
@@ -760,27 +800,51 @@ def contexts(
     """
     hook = hook or sae.cfg.metadata.hook_name
     rows = to_rows(model, dataset)
-    before, after = CONTEXT
-    around = torch.arange(-before, after + 1)
-    tokens = torch.full((sae.cfg.d_sae, n, len(around)), -1)
-    values = torch.zeros(sae.cfg.d_sae, n, len(around))
-    active = torch.zeros(sae.cfg.d_sae)
-    feature = torch.arange(sae.cfg.d_sae)[None, :, None]
+    found = ContextTally.empty(sae.cfg.d_sae, n)
     for start in range(0, len(rows.tokens), batch):
         some = Rows(*(part[start : start + batch] for part in rows))
         z = sae.encode(activations(model, some, [hook])[hook].to(sae.W_dec)).cpu()
-        z = z.masked_fill(~some.counts[..., None], 0)
-        active += (z != 0).sum((0, 1))
-        row = torch.arange(len(z))[:, None, None]
+        found.add(some, z.masked_fill(~some.counts[..., None], 0))
+    return found.contexts()
+
+
+@dataclass
+class ContextTally:
+    """The strongest contexts seen so far, while text is streamed; the order of the windows decides ties alone."""
+
+    tokens: Int[Tensor, "feature n width"]
+    values: Float[Tensor, "feature n width"]
+    active: Int[Tensor, " feature"]  # positions at which the feature was active
+    positions: int = 0
+
+    @classmethod
+    def empty(cls, d_sae: int, n: int) -> "ContextTally":
+        """Return the tally of no text, to hold n windows per feature."""
+        width = sum(CONTEXT) + 1
+        tokens, values = torch.full((d_sae, n, width), -1), torch.zeros(d_sae, n, width)
+        return cls(tokens, values, torch.zeros(d_sae, dtype=torch.int64))
+
+    def add(self, rows: Rows, z: Float[Tensor, "row seq feature"]) -> None:
+        """Take in windows of text and the features' activations there, zero where a position does not count."""
+        before, after = CONTEXT
+        around = torch.arange(-before, after + 1)
+        self.active += (z != 0).sum((0, 1))
+        self.positions += int(rows.counts.sum())
+        row, feature = torch.arange(len(z))[:, None, None], torch.arange(z.shape[2])[None, :, None]
         position = z.argmax(1)[..., None] + around  # [row, feature, width]
         inside = (position >= 0) & (position < z.shape[1])
         position = position.clamp(0, z.shape[1] - 1)
-        inside &= some.counts[row, position]
-        found = some.tokens[row, position].masked_fill(~inside, -1), z[row, position, feature].masked_fill(~inside, 0)
+        inside &= rows.counts[row, position]
+        found = rows.tokens[row, position].masked_fill(~inside, -1), z[row, position, feature].masked_fill(~inside, 0)
         tokens, values = (
-            torch.cat((old, new.transpose(0, 1)), 1) for old, new in zip((tokens, values), found, strict=True)
+            torch.cat((old, new.transpose(0, 1)), 1) for old, new in zip((self.tokens, self.values), found, strict=True)
         )
-        strongest = values[:, :, before].topk(n, dim=1).indices[..., None].expand(-1, -1, len(around))
-        tokens, values = tokens.gather(1, strongest), values.gather(1, strongest)
-    tokens = tokens.masked_fill(values[:, :, before, None] <= 0, -1)
-    return Contexts(tokens, values, active / rows.counts.sum(), peak=before)
+        strongest = values[:, :, before].topk(self.tokens.shape[1], dim=1).indices[..., None]
+        strongest = strongest.expand(-1, -1, len(around))
+        self.tokens, self.values = tokens.gather(1, strongest), values.gather(1, strongest)
+
+    def contexts(self) -> Contexts:
+        """Return what was found."""
+        before = CONTEXT[0]
+        tokens = self.tokens.masked_fill(self.values[:, :, before, None] <= 0, -1)
+        return Contexts(tokens, self.values, self.active / self.positions, peak=before)

@@ -1,4 +1,4 @@
-"""Fit SAEs around every MLP of a bilinear language model, evaluate them on held-out text, store their top contexts.
+"""Fit SAEs around every MLP of a bilinear language model, evaluate them on held-out text, make their feature cards.
 
 The embedded SAEs were made by
 

@@ -5,7 +5,7 @@ import torch
 from sae_lens import TopKSAE, TopKSAEConfig
 
 import bilens
-from bilens import circuits
+from bilens import cards, circuits
 from bilens.circuits import FeatureLayer
 
 
@@ -88,7 +88,7 @@ def test_a_removal_is_predicted_exactly_and_measured_by_running_the_model(lens, 
 def test_auroc_counts_ties_half():
     positive, negative = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[2.0], [0.0]])
     wins = sum((p > n) + 0.5 * (p == n) for p in [1, 2, 2] for n in [2, 0])
-    assert circuits._auroc(positive, negative).item() == pytest.approx(wins / 6)
+    assert cards.auroc(positive, negative).item() == pytest.approx(wins / 6)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -346,12 +346,12 @@ def test_intervals_are_those_of_resampled_texts(lens, circuit):
 
 def test_random_directions_are_as_large_as_the_edit(lens, circuit, generator):
     scan = interventions._scan(lens, circuit, TEXTS, (1,))
-    base = interventions._base(lens, circuit, scan, 5)
+    base = interventions._windows(lens, circuit, scan, 5)
     units = interventions._unit(3, 16, generator)
     change = torch.randn(base.x.shape, generator=generator, dtype=torch.float64)
-    for unit, one in zip(units, interventions._random_changes(base, "pair", change, units), strict=True):
+    for unit, one in zip(units, interventions._random_changes(base, None, change, units), strict=True):
         torch.testing.assert_close(one, change.norm(dim=1, keepdim=True) * unit)
-    for unit, one in zip(units, interventions._random_changes(base, "right", change, units), strict=True):
+    for unit, one in zip(units, interventions._random_changes(base, circuit.right, change, units), strict=True):
         size = base.z[:, [circuit.right]].abs() * lens.writers[circuit.right].norm()
         after = lens.tensor.apply(base.x - size * unit)
         torch.testing.assert_close(one, after - base.y)

@@ -13,7 +13,20 @@ PACKAGE = Path(bilens.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
     *("tensor", "decompositions", "interactions", "layers", "transformer", "checkpoints", "saes", "attribution"),
-    *("circuits", "motifs", "interventions", "toys", "images", "annealing", "plots", "report", "__init__", "__main__"),
+    *(
+        "cards",
+        "circuits",
+        "motifs",
+        "interventions",
+        "couplings",
+        "toys",
+        "images",
+        "annealing",
+        "plots",
+        "report",
+        "__init__",
+        "__main__",
+    ),
 ]
 HOMES = {  # third parties that stay in one place
     "transformer_lens": {"layers", "transformer"},

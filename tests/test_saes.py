@@ -210,7 +210,7 @@ def test_evaluation_by_hand(model, windows, fitted):
         assert result.tokens == len(x)
 
 
-def test_contexts_are_the_strongest_positions(model, fitted, tmp_path):
+def test_contexts_are_the_strongest_positions(model, fitted):
     texts = [
         "the cat sat on the mat",
         "once upon a time the big dog ran and the cat saw",
@@ -231,9 +231,6 @@ def test_contexts_are_the_strongest_positions(model, fitted, tmp_path):
     word = model.tokenizer.id_to_token(int(rows.tokens[row, position]))
     assert f"[{word}]" in found.snippet(feature, 0, model)
     assert word in found.top_tokens(feature, model)
-    found.save(fitted[1] / hook / "contexts.safetensors")
-    reread = saes.Contexts.load(fitted[1], hook)
-    assert torch.equal(reread.tokens, found.tokens)
 
 
 @pytest.mark.usefixtures("unchecked")
