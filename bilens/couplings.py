@@ -31,7 +31,8 @@ _ROWS = 32
 class Coupling:
     """How strongly two groups of input features act together on output directions, from the weights alone.
 
-    `value_o = Σ_{a,b} w_a w_b d_aᵀ Q_o d_b / (Σ|w_a| Σ|w_b|)`, the mean interaction `Q_ab` under the groups' weights. `z` is its distance from the mean of the null model that it stands out from least, in standard deviations.
+    `value_o = Σ_{a,b} w_a w_b d_aᵀ Q_o d_b / (Σ|w_a| Σ|w_b|)`, the mean interaction `Q_ab` under the groups' weights.
+    `z` is its distance from the mean of the null model that it stands out from least, in standard deviations.
     """
 
     layer: int
@@ -206,9 +207,9 @@ def negation_couplings(
 
     The groups come from the feature cards of the input SAE, so from text alone: negators are the features with a
     negating word at or up to three tokens before their peaks (`FeatureCards.near`), sentiment the features whose AUROC
-    for the label differs from one half, weighted by that difference (`FeatureCards.telling`). The output direction is the mean
-    unembedding of `circuits.ADJECTIVES`, positive less negative. The weights then say how both groups together act on
-    it: negators flip sentiment if the value is negative.
+    for the label differs from one half, weighted by that difference (`FeatureCards.telling`). The output direction is
+    the mean unembedding of `circuits.ADJECTIVES`, positive less negative. The weights then say how both groups together
+    act on it: negators flip sentiment if the value is negative.
 
     Args:
         lenses: Layers with cards that have the label.
@@ -297,11 +298,11 @@ class CouplingTest:
 
     def __repr__(self) -> str:
         p, again = self.percentile, self.percentile_rescaled
+        c = self.coupling
         return (
-            f"CouplingTest({self.coupling.left.role} × {self.coupling.right.role} → {self.output} in layer "
-            f"{self.coupling.layer}, {len(self.measured)} positions: predicted and measured correlate "
-            f"{self.correlation:.3f}; percentile among {len(self.scale)} controls: KL {p['kl']:.1f}, loss {p['loss']:.1f}"
-            f"; at equal strength KL {again['kl']:.1f}, loss {again['loss']:.1f})"
+            f"CouplingTest({c.left.role} × {c.right.role} → {self.output} in layer {c.layer}, {len(self.measured)} "
+            f"positions: predicted and measured correlate {self.correlation:.3f}; percentile among {len(self.scale)} "
+            f"controls: KL {p['kl']:.1f}, loss {p['loss']:.1f}; at equal strength KL {again['kl']:.1f}, loss {again['loss']:.1f})"
         )
 
 

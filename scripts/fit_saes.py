@@ -1,4 +1,4 @@
-"""Fit SAEs around every MLP of a bilinear language model, evaluate them on held-out text, make their feature cards.
+"""Fit SAEs around every MLP of a bilinear language model, and evaluate them on held-out text.
 
 The embedded SAEs were made by
 
@@ -38,7 +38,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--texts", type=int, default=40_000, help="texts to draw the activations from")
     parser.add_argument("--held-out-texts", type=int, default=120, help="per corpus, for the evaluation")
-    parser.add_argument("--context-texts", type=int, default=700, help="per corpus, for the top contexts")
     parser.add_argument("--holdout", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -71,24 +70,22 @@ def main() -> None:
     evaluation_file = args.out / "evaluation.json"
     done = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
     test = [text for texts in held_out.values() for text in texts[: args.held_out_texts]]
-    show = [text for texts in kept.values() for text in texts[: args.context_texts]]
     for hook in fitted:
         if hook not in done:
-            done[hook] = finish(model, fitted[hook], args.out / hook, test, show)
+            done[hook] = finish(model, fitted[hook], args.out / hook, test)
             evaluation_file.write_text(json.dumps(done, indent=1))
         if done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
             sae = saes.load(args.out, hook)
             saes.finetune(model, sae, shuffled[: args.texts // 8], tokens=int(args.finetune_tokens), autocast=True)
-            again = finish(model, sae, args.out / hook, test, show)
+            again = finish(model, sae, args.out / hook, test)
             done[hook] = again | {"fine-tuned": int(args.finetune_tokens), "recovered before": done[hook]["recovered"]}
             evaluation_file.write_text(json.dumps(done, indent=1))
 
 
-def finish(model: bilens.BilinearTransformer, sae: SAE, folder: Path, test: list[str], show: list[str]) -> dict:
-    """Store an SAE rounded to bfloat16 with its contexts, and evaluate what was stored."""
+def finish(model: bilens.BilinearTransformer, sae: SAE, folder: Path, test: list[str]) -> dict:
+    """Store an SAE rounded to bfloat16, and evaluate what was stored."""
     saes.save(sae, folder, torch.bfloat16)
     sae = saes.load(folder.parent, folder.name)
-    saes.contexts(model, sae, show, n=6).save(folder / "contexts.safetensors")
     result = saes.evaluate(model, sae, test)
     print(
         f"{folder.name}: FVU {result.fvu:.3f}, L0 {result.l0:.1f}, dead {100 * result.dead:.1f} %, loss recovered "

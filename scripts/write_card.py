@@ -108,7 +108,9 @@ def _saes(evaluation: dict) -> str:
 
 Top-k SAEs in SAELens' format (`SAE.load_from_disk` reads them), weights stored in bfloat16, made by
 `scripts/fit_saes.py`; the settings are in each `cfg.json`.{note}
-`contexts.safetensors` holds the token windows at which each feature is most active.
+`cards.safetensors` holds each feature's card: the windows of held-out text at which it is most active, a histogram of
+its activations, the tokens whose logits it moves, and its AUROC for the reviews' labels; made by
+`scripts/make_cards.py`.
 
 Evaluated as stored, on {tokens:,} held-out tokens of both corpora (BOS left out): fraction of variance unexplained,
 active features per token, features never active, loss with the reconstruction spliced in, with zero instead, and the
