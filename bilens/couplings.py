@@ -70,8 +70,9 @@ def couple(
 
     Null models:
 
-    - features: as many other input features, chosen at random, in place of the left group. Do *these* features act on
-      the right group?
+    - features: as many input features, chosen at random from all but the right group, in place of the left group. Do
+      *these* features act on the right group? (As the left group may be drawn too, this is a permutation test: without
+      a coupling p-values are uniform however few features there are.)
     - weights: the right group's weights dealt out anew among its features. Does the left group act on them *as the
       weights say*, or on all of them alike?
 
@@ -100,7 +101,7 @@ def couple(
     against = _row(lens, directions, lens.writers[right.features].T @ b)  # [out, feature]
     value = against[:, left.features] @ a
     draws = {
-        "features": lambda: _other_features(lens, left, right, against, a, n, generator),
+        "features": lambda: _other_features(lens, right, against, a, n, generator),
         "weights": lambda: _other_weights(lens, directions, left, right, a, b, n, generator),
     }
     z, p = [], []
@@ -130,14 +131,12 @@ def _row(
 
 
 def _other_features(
-    lens: FeatureLayer, left: Group, right: Group, against: Tensor, a: Tensor, n: int, generator: torch.Generator
+    lens: FeatureLayer, right: Group, against: Tensor, a: Tensor, n: int, generator: torch.Generator
 ) -> Float[Tensor, "out draw"]:
     """Return what random features in place of the left group give."""
     free = torch.ones(len(lens.writers), dtype=torch.bool)
-    free[torch.cat((left.features, right.features))] = False
+    free[right.features] = False
     pool = free.nonzero()[:, 0]
-    if len(pool) < len(a):
-        raise ValueError(f"left must leave as many other features as it has ({len(a)}), but {len(pool)} are left")
     picks = torch.stack([pool[torch.randperm(len(pool), generator=generator)[: len(a)]] for _ in range(n)])
     weights = torch.zeros(n, len(lens.writers)).scatter_(1, picks, a.cpu().float().expand(n, -1))
     return against @ weights.to(against).T
@@ -298,11 +297,11 @@ class CouplingTest:
 
     def __repr__(self) -> str:
         p, again = self.percentile, self.percentile_rescaled
-        c = self.coupling
+        c, equal = self.coupling, f"{again['kl']:.1f}, {again['loss']:.1f}"
         return (
             f"CouplingTest({c.left.role} × {c.right.role} → {self.output} in layer {c.layer}, {len(self.measured)} "
             f"positions: predicted and measured correlate {self.correlation:.3f}; percentile among {len(self.scale)} "
-            f"controls: KL {p['kl']:.1f}, loss {p['loss']:.1f}; at equal strength KL {again['kl']:.1f}, loss {again['loss']:.1f})"
+            f"controls: KL {p['kl']:.1f}, loss {p['loss']:.1f}; at equal strength {equal})"
         )
 
 

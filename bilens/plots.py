@@ -13,7 +13,7 @@ DIVERGING = [[0, NEGATIVE], [0.5, "#ffffff"], [1, POSITIVE]]
 
 
 def _figure(
-    *traces: go.Scatter | go.Heatmap | go.Bar, width: int = 520, height: int = 380, **layout: object
+    *traces: go.Scatter | go.Heatmap | go.Bar | go.Histogram, width: int = 520, height: int = 380, **layout: object
 ) -> go.Figure:
     """Return a figure in the house's look."""
     figure = go.Figure(data=list(traces))
@@ -55,7 +55,7 @@ def spectrum(values: Float[Tensor, " k"], n_marked: int = 2, null: Float[Tensor,
     return _figure(*band, trace, title="Spectrum", xaxis_title="rank by value", yaxis_title="eigenvalue λ")
 
 
-def _band(x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str = NEUTRAL) -> list[go.Scatter]:
+def _band(x: Sequence[int], low: Sequence[float], high: Sequence[float], color: str = NEUTRAL) -> list[go.Scatter]:
     """Return two lines with what is between them filled."""
     shared = {"x": list(x), "mode": "lines", "line": {"width": 0, "color": color}, "hoverinfo": "skip"}
     return [go.Scatter(y=list(low), **shared), go.Scatter(y=list(high), fill="tonexty", opacity=0.3, **shared)]

@@ -1,0 +1,200 @@
+"""Feature cards against counting by hand; a killed run resumes to the same cards."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from test_circuits import random_sae
+
+from bilens import cards, saes
+from bilens.circuits import FeatureLayer
+
+HOOKS = ("blocks.0.hook_mlp_in", "blocks.1.hook_mlp_out")
+WORDS = ("the", "cat", "dog", "sat", "ran", "on", "mat", "once", "saw", "big")
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return {hook: random_sae(hook, k=6, seed=seed).float() for seed, hook in enumerate(HOOKS)}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 40))) for _ in range(40)]
+    labels = ["good", "bad", None]
+    return [{"text": text, "kind": labels[i % 3]} for i, text in enumerate(texts)] + [{"text": "  ", "kind": "good"}]
+
+
+@pytest.fixture(scope="module")
+def found(model, fitted, rows):
+    return cards.collect(model, fitted, rows, label="kind", progress=False)
+
+
+def activations_of(model, sae, hook, texts):
+    """Activations of every text's tokens, window by window."""
+    rows = saes.to_rows(model, texts)
+    with torch.no_grad():
+        z = sae.encode(saes.activations(model, rows, [hook])[hook])
+    return [z[i][rows.counts[i]] for i in range(len(z))], saes.text_of_rows(model, texts).tolist()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_counts_are_those_of_all_positions(model, fitted, rows, found, hook):
+    windows, _ = activations_of(model, fitted[hook], hook, [row["text"] for row in rows if row["text"].strip()])
+    z = torch.cat(windows)
+    one = found[hook]
+    torch.testing.assert_close(one.contexts.density, (z != 0).float().mean(0))
+    torch.testing.assert_close(one.mean, z.sum(0) / (z != 0).sum(0).clamp(min=1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(one.histogram.sum(1), (z != 0).sum(0))
+    edges = torch.tensor([0.0, *cards.EDGES])
+    for feature in (0, 13):
+        active = z[:, feature][z[:, feature] != 0]
+        counts = [((active > low) & (active <= high)).sum() for low, high in pairwise(edges)]
+        assert one.histogram[feature, 1:-1].tolist() == [int(count) for count in counts]
+    assert (one.histogram.sum(0) > 0).sum() > 3
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_auroc_is_that_of_mean_activations_over_labelled_texts(model, fitted, rows, found, hook):
+    texts = [row["text"] for row in rows if row["text"].strip()]
+    windows, of = activations_of(model, fitted[hook], hook, texts)
+    means = [torch.cat([w for w, t in zip(windows, of, strict=True) if t == i]).mean(0) for i in range(len(texts))]
+    good, bad = (
+        torch.stack([m for m, row in zip(means, rows, strict=False) if row["kind"] == kind]) for kind in ("good", "bad")
+    )
+    wins = (good[:, None] > bad).double() + (good[:, None] - bad == 0).double() / 2
+    one = found[hook]
+    assert one.labels == {"bad": len(bad), "good": len(good)}
+    torch.testing.assert_close(one.auroc[:, 1].double(), wins.mean((0, 1)), atol=2e-2, rtol=0)
+    torch.testing.assert_close(one.auroc.sum(1), torch.ones(40))
+
+
+def test_tokens_are_those_whose_logits_move_most(model, fitted, found):
+    hook = HOOKS[1]
+    effects = saes.writers(fitted[hook]) @ model.W_U.detach()
+    effects = effects - effects.mean(1, keepdim=True)
+    card = found[hook][7]
+    best = effects[7].argsort(descending=True)[:3].tolist()
+    assert list(card.promoted)[:3] == [model.tokenizer.id_to_token(i) for i in best]
+    assert min(card.demoted.values()) == pytest.approx(effects[7].min().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_a_killed_run_resumes_to_the_same_cards(model, fitted, rows, tmp_path, monkeypatch, killed_after):
+    monkeypatch.setattr(cards, "_CHUNK", 8)
+    whole = cards.collect(model, fitted, rows, label="kind", folder=tmp_path / "whole", progress=False)
+    take_in, calls = cards._take_in, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) > killed_after:
+            raise KeyboardInterrupt
+        take_in(*args)
+
+    monkeypatch.setattr(cards, "_take_in", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cards.collect(model, fitted, rows, label="kind", folder=tmp_path / "run", progress=False)
+    counted = []
+    monkeypatch.setattr(cards, "_take_in", lambda *args: (counted.append(len(args[-1])), take_in(*args)))
+    again = cards.collect(model, fitted, iter(rows), label="kind", folder=tmp_path / "run", progress=False)
+    assert sum(counted) == len(rows) - 8 * killed_after
+    for hook in HOOKS:
+        stored = [(tmp_path / run / hook / cards.FILE).read_bytes() for run in ("whole", "run")]
+        assert stored[0] == stored[1]
+        assert torch.equal(again[hook].auroc, whole[hook].auroc)
+
+
+def test_cards_are_read_beside_their_sae(model, make_model, fitted, found, tmp_path):
+    hook = HOOKS[0]
+    saes.save(fitted[hook], tmp_path / hook)
+    found[hook].save(tmp_path / hook / cards.FILE)
+    reread = cards.FeatureCards.load(tmp_path, hook, model)
+    assert torch.equal(reread.contexts.tokens, found[hook].contexts.tokens)
+    assert reread[3].name == found[hook][3].name
+    assert reread.provenance == found[hook].provenance
+    with pytest.raises(ValueError, match="another hash"):
+        cards.FeatureCards.load(tmp_path, hook, make_model(seed=5, dtype=torch.float32))
+
+
+def test_groups_are_found_and_named_by_words_and_labels(model, fitted, rows, found):
+    one = found[HOOKS[0]]
+    near = one.near(["cat"], share=0.99)
+    for feature in near.tolist():
+        windows = one.contexts.tokens[feature]
+        windows = windows[windows[:, one.contexts.peak] >= 0]
+        cat = model.tokenizer.token_to_id("cat")
+        assert (windows[:, one.contexts.peak - 3 : one.contexts.peak + 1] == cat).any(1).all()
+    assert 0 < len(near) < 40
+    features, weights = one.telling("good", 0.1)
+    torch.testing.assert_close(weights, one.auroc[features, 1] - 0.5)
+    assert (weights.abs() > 0.1).all()
+    best = int(one.auroc[:, 1].argmax())
+    assert one.name(best).startswith("good: ")
+    assert one.name([best, best]).split(": ")[1].split(" / ")[0] in one.name(best)
+
+
+def test_a_group_is_named_by_the_weighted_votes_of_its_features(model):
+    tokens = torch.full((2, 2, 16), -1)
+    tokens[0, :, 10], tokens[1, :, 10] = torch.tensor([7, 8]), torch.tensor([9, 9])
+    values = torch.zeros(2, 2, 16)
+    values[0, :, 10], values[1, :, 10] = torch.tensor([3.0, 1.0]), torch.tensor([0.5, 0.5])
+    contexts = saes.Contexts(tokens, values, torch.tensor([0.1, 0.1]), peak=10)
+
+    seven, eight, nine = map(model.tokenizer.id_to_token, (7, 8, 9))
+    assert contexts.top_tokens([0, 1], model) == [nine, seven, eight]
+    assert contexts.top_tokens([0, 1], model, weights=[2.0, 0.1]) == [seven, eight, nine]
+    assert contexts.label([0, 1], model, weights=[-2.0, 0.1], n=1) == seven
+
+
+def test_a_layer_takes_only_saes_of_its_own(make_model, fitted, tmp_path):
+    model = make_model(dtype=torch.float32)
+    for point in ("hook_mlp_in", "hook_mlp_out"):
+        sae = random_sae(f"blocks.1.{point}").float()
+        sae.cfg.metadata.settings = {"model": saes.fingerprint(model)}
+        saes.save(sae, tmp_path / f"blocks.1.{point}")
+    assert FeatureLayer.load(model, 1, tmp_path).inp_cards is None
+    with pytest.raises(ValueError, match="fitted to one with other weights"):
+        FeatureLayer.load(make_model(seed=5, dtype=torch.float32), 1, tmp_path)
+    saes.save(random_sae("blocks.0.hook_mlp_in").float(), tmp_path / "blocks.1.hook_mlp_in")
+    with pytest.raises(ValueError, match=r"must be one that was fitted there, got one of blocks\.0\.hook_mlp_in"):
+        FeatureLayer.load(model, 1, tmp_path)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_name_the_argument(model, fitted, rows, found, tmp_path):
+    quiet = {"progress": False}
+    with pytest.raises(ValueError, match="column 'mood', got 'text', 'kind'"):
+        cards.collect(model, fitted, rows, label="mood", **quiet)
+    with pytest.raises(ValueError, match="column 'body', got 'text', 'kind'"):
+        cards.collect(model, fitted, rows, text="body", **quiet)
+    with pytest.raises(ValueError, match="got texts without columns"):
+        cards.collect(model, fitted, ["the cat"], label="kind", **quiet)
+    with pytest.raises(ValueError, match="dataset must hold a text that is not empty"):
+        cards.collect(model, fitted, [" ", ""], **quiet)
+    with pytest.raises(ValueError, match="must be one that was fitted there"):
+        cards.collect(model, {HOOKS[0]: fitted[HOOKS[1]]}, rows, **quiet)
+    with pytest.raises(ValueError, match="must read 16 dimensions"):
+        cards.collect(model, {HOOKS[0]: random_sae(HOOKS[0], d_in=8)}, rows, **quiet)
+    cards.collect(model, fitted, rows, folder=tmp_path, **quiet)
+    with pytest.raises(ValueError, match="folder must be of this run"):
+        cards.collect(model, fitted, rows, folder=tmp_path, n=3, **quiet)
+    with pytest.raises(ValueError, match="dataset must begin with the 41 texts"):
+        cards.collect(model, fitted, rows[1:], folder=tmp_path, **quiet)
+    one = found[HOOKS[0]]
+    with pytest.raises(IndexError, match="feature must lie between 0 and 39"):
+        one[40]
+    with pytest.raises(ValueError, match="label must be one of the cards'"):
+        one.telling("mood")
+    with pytest.raises(ValueError, match="least must leave features"):
+        one.telling("good", 0.5)
+    with pytest.raises(ValueError, match="words must hold a token"):
+        one.near(["xylophone"])
+    with pytest.raises(ValueError, match="near none"):
+        one.near(["."])

@@ -1,0 +1,138 @@
+"""The report in a real browser: it loads nothing, fits a phone, draws its figures, and can be clicked through."""
+
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+
+import bilens
+from bilens import circuits, report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture(scope="module")
+def lens():
+    return circuits.FeatureLayer.load(bilens.load("bilens-mini"), 2)
+
+
+@pytest.fixture(scope="module")
+def findings(lens):
+    generator = torch.Generator().manual_seed(0)
+    texts = ["the movie was not very good , but i liked the actors .", "once upon a time there was a big dog ."] * 3
+    found = circuits.search(lens, generator=generator, n=200)
+    first = found.found[0]
+    circuit = circuits.Circuit(2, first.out, *_active_pair(lens, texts))
+    tested = circuits.test(lens, circuit, texts, generator=generator, n_pairs=5, n_directions=3, n_bootstrap=50)
+    return found, report.describe(lens, [first.out, 887], texts, found, [tested])
+
+
+def _active_pair(lens, texts):
+    tokens = lens.model.to_tokens(texts[0])
+    _, cache = lens.model.run_with_cache(tokens, names_filter=lens.hook_in)
+    return lens.inp.encode(cache[lens.hook_in][0, 5]).nonzero()[:2, 0].tolist()
+
+
+@pytest.fixture(scope="module")
+def path(lens, findings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    options = {"discoveries": findings[0], "ranking": circuits.outliers(lens), "title": "A <title> & more"}
+    options["strongest"] = bilens.top_interactions(lens.tensor, 10, out=lens.readers, inp=lens.writers)
+    options["negation"] = circuits.find_negation({2: lens})
+    return report.write_report(out, lens, findings[1], generator=torch.Generator().manual_seed(0), **options)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs a Chromium browser on the path")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
+def page(request, browser, path):
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.problems, page.asked = [], []
+    page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_function("document.documentElement.dataset.ready === 'true'", timeout=60_000)
+    yield page
+    page.close()
+
+
+def test_the_file_is_small_and_escapes_what_it_is_told(path):
+    html = path.read_text()
+    assert len(html.encode()) < 5e6
+    assert "A &lt;title&gt; &amp; more" in html
+    assert "A <title>" not in html
+
+
+def test_nothing_is_loaded_and_nothing_fails(page, path):
+    page.wait_for_timeout(500)
+    assert [url for url in page.asked if not url.startswith("data:")] == [path.as_uri()]
+    assert page.problems == []
+
+
+def test_every_figure_is_drawn_and_fits(page):
+    for plot in page.query_selector_all(".plot"):
+        plot.scroll_into_view_if_needed()
+        page.wait_for_function("plot => plot.querySelector('.main-svg') !== null", arg=plot, timeout=60_000)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.evaluate("[...document.querySelectorAll('.main-svg')].every(s => s.clientWidth <= window.innerWidth)")
+
+
+def test_every_link_of_the_graph_leads_to_a_card(page):
+    nodes = page.query_selector_all(".graph a")
+    assert len(nodes) > 10
+    targets = {node.get_attribute("href") for node in page.query_selector_all("a[href^='#']")}
+    assert all(page.query_selector(f"[id='{target[1:]}']") for target in targets)
+    nodes[0].scroll_into_view_if_needed()
+    nodes[0].click()
+    card = page.query_selector("article:target")
+    assert card.get_attribute("id") == nodes[0].get_attribute("href")[1:]
+    page.wait_for_function("card => Math.abs(card.getBoundingClientRect().top) < window.innerHeight", arg=card)
+
+
+def test_it_can_be_used_with_a_keyboard(page):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the findings"
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#findings"
+    page.query_selector(".graph a").focus()
+    page.keyboard.press("Enter")
+    assert page.query_selector("article:target") is not None
+
+
+def test_a_screen_reader_is_told_what_there_is(page):
+    assert page.evaluate("document.documentElement.lang") == "en"
+    unnamed = "[...document.querySelectorAll('[role=img], [role=region], .graph a, section')].filter(e => " \
+        "!(e.getAttribute('aria-label') || e.getAttribute('aria-labelledby')))"  # fmt: skip
+    assert page.evaluate(f"{unnamed}.length") == 0
+    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert page.evaluate(
+        "[...document.querySelectorAll('table')].every(t => t.caption && t.querySelector('th[scope]'))"
+    )
+
+
+def test_findings_hold_what_the_page_shows(lens, findings):
+    found, described = findings
+    first = described[0]
+    assert first.discoveries[0].out == first.feature
+    assert first.tested is not None
+    assert described[1].tested is None
+    data = report.to_json(lens, described)
+    assert data[0]["motifs"][0]["q"] == found.found[0].q
+    assert data[0]["test"]["positions"] == first.tested.n_pair
+    assert str(first.feature) in repr(first)
