@@ -1,4 +1,4 @@
-"""Train a bilinear language model in the published format: tokenizer, training, export.
+"""Train a bilinear (or gated, or plain) language model in the published format: tokenizer, training, export.
 
 The embedded model was made by
 
@@ -35,6 +35,12 @@ import bilens
 from bilens.transformer import BilinearConfig, BilinearTransformer
 
 SPECIAL = ["[UNK]", "[BOS]", "[EOS]"]
+MLPS = {  # kind, activation, hidden width relative to --d-hidden: every kind has the same number of parameters
+    "bilinear": ("bilinear", None, 1.0),
+    "swiglu": ("gated", "silu", 1.0),
+    "reglu": ("gated", "relu", 1.0),
+    "gelu": ("plain", "gelu", 1.5),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", required=True, help="files with a column `text`, or Hub datasets")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoints, log and model")
     parser.add_argument("--tokens", type=float, default=48e6, help="how many tokens to train on")
+    parser.add_argument("--mlp", default="bilinear", choices=tuple(MLPS), help="kind of MLP, at equal parameters")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--d-model", type=int, default=256)
@@ -174,10 +181,13 @@ def held_out_loss(model: BilinearTransformer, rows: Tensor, mask: Tensor, batch:
 
 def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> BilinearTransformer:
     """Build the model: normal weights of variance 1/fan-in, the two output projections of each block at zero."""
+    kind, act, width = MLPS[args.mlp]
     config = BilinearConfig(
         n_layers=args.layers,
         d_model=args.d_model,
-        d_hidden=args.d_hidden,
+        d_hidden=round(width * args.d_hidden),
+        mlp=kind,
+        act=act,
         n_heads=args.heads,
         n_ctx=args.context,
         d_vocab=tokenizer.get_vocab_size(),

@@ -12,21 +12,10 @@ import bilens
 PACKAGE = Path(bilens.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
-    *("tensor", "decompositions", "interactions", "layers", "transformer", "checkpoints", "saes", "attribution"),
-    *(
-        "cards",
-        "circuits",
-        "motifs",
-        "interventions",
-        "couplings",
-        "toys",
-        "images",
-        "annealing",
-        "plots",
-        "report",
-        "__init__",
-        "__main__",
-    ),
+    *("tensor", "decompositions", "spectra", "factorizations", "interactions", "comparison", "polynomials"),
+    *("formats", "layers", "transformer", "llama", "checkpoints", "saes", "attribution", "paths", "modifiers"),
+    *("cards", "circuits", "motifs", "interventions", "couplings", "toys", "images", "adversarial", "annealing"),
+    *("plots", "report", "__init__", "__main__"),
 ]
 HOMES = {  # third parties that stay in one place
     "transformer_lens": {"layers", "transformer"},
