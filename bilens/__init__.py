@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import plots as plots
     from . import report as report
     from . import saes as saes
+    from . import toys as toys
     from .attribution import attribute as attribute
     from .checkpoints import CheckpointError as CheckpointError
     from .checkpoints import load as load
@@ -56,6 +57,7 @@ _MODULES = (
     "plots",
     "report",
     "saes",
+    "toys",
     "transformer",
 )
 
