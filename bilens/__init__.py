@@ -18,6 +18,7 @@ from .interactions import top_interactions as top_interactions
 from .tensor import BilinearTensor as BilinearTensor
 
 if TYPE_CHECKING:
+    from . import annealing as annealing
     from . import attribution as attribution
     from . import cards as cards
     from . import circuits as circuits
@@ -46,6 +47,7 @@ _LATER = {
     "attribute": "attribution",
 }
 _MODULES = (
+    "annealing",
     "attribution",
     "cards",
     "checkpoints",

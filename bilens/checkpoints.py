@@ -116,6 +116,8 @@ def save(model: "BilinearTransformer", folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: No published format can express the model, or a weight is not finite; nothing was written.
     """
+    if any(block.mlp.gate is not None for block in model.blocks):
+        raise ValueError("model is being annealed, which no format can express: bilens.annealing.fold it first")
     layout = Layout.of_model(model)
     folder = Path(folder)
     state = {  # clones: a safetensors file cannot hold weights that share memory, such as tied embeddings

@@ -222,6 +222,7 @@ class MLP(nn.Module):
         self.kind, self.act = kind, act
         self.w = nn.Linear(d_model, d_hidden if kind == "plain" else 2 * d_hidden, bias=bias_in)
         self.p = nn.Linear(d_hidden, d_model, bias=bias_out)
+        self.gate: nn.Module | None = None  # in place of the activation, while that is being annealed
         self.hook_pre, self.hook_post = HookPoint(), HookPoint()
         if kind != "plain":
             self.hook_pre_linear = HookPoint()
@@ -232,7 +233,9 @@ class MLP(nn.Module):
             return self.p(self.hook_post(ACTIVATIONS[self.act](self.hook_pre(self.w(x)))))
         left, right = self.w(x).chunk(2, dim=-1)
         left, right = self.hook_pre(left), self.hook_pre_linear(right)
-        if self.act is not None:
+        if self.gate is not None:
+            left = self.gate(left)
+        elif self.act is not None:
             left = ACTIVATIONS[self.act](left)
         return self.p(self.hook_post(left * right))
 
