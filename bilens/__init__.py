@@ -15,6 +15,10 @@ from .decompositions import top_outputs as top_outputs
 from .interactions import Certificate as Certificate
 from .interactions import Interactions as Interactions
 from .interactions import top_interactions as top_interactions
+from .polynomials import Degree as Degree
+from .polynomials import check_quadratic as check_quadratic
+from .polynomials import degree as degree
+from .polynomials import recover_tensor as recover_tensor
 from .tensor import BilinearTensor as BilinearTensor
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from . import interventions as interventions
     from . import motifs as motifs
     from . import plots as plots
+    from . import polynomials as polynomials
     from . import report as report
     from . import saes as saes
     from . import toys as toys
@@ -57,6 +62,7 @@ _MODULES = (
     "layers",
     "motifs",
     "plots",
+    "polynomials",
     "report",
     "saes",
     "toys",
@@ -66,10 +72,14 @@ _MODULES = (
 __all__ = [
     "BilinearTensor",
     "Certificate",
+    "Degree",
     "Eigen",
     "Interactions",
     "TopOutputs",
+    "check_quadratic",
+    "degree",
     "eigen",
+    "recover_tensor",
     "spectrum_in_basis",
     "top_interactions",
     "top_outputs",

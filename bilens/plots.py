@@ -1,11 +1,14 @@
 """Records in, plotly figures out."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .polynomials import Degree
 
 INK, PAPER, GRID = "#1f2933", "#ffffff", "#e4e7eb"
 POSITIVE, NEGATIVE, NEUTRAL = "#c2410c", "#1d4ed8", "#9aa5b1"
@@ -230,3 +233,27 @@ def among(value: float, others: Float[Tensor, " n"], title: str, unit: str) -> g
     )
     figure.add_vline(x=value, line={"color": POSITIVE, "width": 3})
     return figure
+
+
+def residuals(found: Mapping[str, Degree]) -> go.Figure:
+    """Plot what the best polynomial of each degree leaves of a function; a polynomial falls to rounding at its own.
+
+    Args:
+        found: What `degree` returned, by name of the function.
+    """
+    colors = dict(zip(found, itertools.cycle((POSITIVE, NEGATIVE, INK, NEUTRAL)), strict=False))
+    floor = torch.finfo(torch.float64).eps / 10  # a residual of zero has no place on a logarithmic axis
+    traces = [
+        go.Scatter(
+            x=list(range(len(one.residuals))),
+            y=[max(residual, floor) for residual in one.residuals],
+            name=name,
+            mode="lines+markers",
+            line={"color": colors[name]},
+            hovertemplate=f"{name}, degree %{{x}}: %{{y:.1e}}<extra></extra>",
+        )
+        for name, one in found.items()
+    ]
+    figure = _figure(*traces, title="What a polynomial leaves", xaxis_title="degree", yaxis_title="relative residual")
+    figure.update_yaxes(type="log", exponentformat="power")
+    return figure.update_layout(showlegend=True)
