@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from . import couplings as couplings
     from . import interventions as interventions
     from . import motifs as motifs
+    from . import paths as paths
     from . import plots as plots
     from . import polynomials as polynomials
     from . import report as report
@@ -61,6 +62,7 @@ _MODULES = (
     "interventions",
     "layers",
     "motifs",
+    "paths",
     "plots",
     "polynomials",
     "report",

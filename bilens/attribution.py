@@ -234,14 +234,14 @@ def attribute(
     """
     read = _reading(model, layer, feature, out, direction, token)
     hook = _checked_input(model, layer, inp)
-    places = _places(model, text, position)
-    found = _look(model, places, {hook, *read.hooks})
+    places = locate(model, text, position)
+    found = observe(model, places, {hook, *read.hooks})
     x, scale, measured = found[hook], read.scale(found), read.measure(found)
     norm = nn.Identity() if hook.endswith("mlp_in") else model.blocks[layer].ln2
     pieces = []
     for some in torch.arange(len(x), device=x.device).split(_POSITIONS):
         features, z = _active(inp, x[some])
-        parts = _with_constant(_feature_parts(inp, x[some], features, z), *_through_norm(norm, x[some]))
+        parts = with_unit(_feature_parts(inp, x[some], features, z), *norm_parts(norm, x[some]))
         pieces.append((features, z, _terms(read.matrix, parts) * scale[some, None, None]))
     n = max(features.shape[1] for features, _, _ in pieces)
     missing = [n - features.shape[1] for features, _, _ in pieces]
@@ -351,15 +351,17 @@ def sources(
         ValueError: No such layer, no text, no such position.
     """
     _check_layer(model, layer)
-    return _split(model, _places(model, text, position), layer, set())[0]
+    return split_residual(model, locate(model, text, position), layer, set())[0]
 
 
-def _split(model: BilinearTransformer, places: Places, layer: int, hooks: set[str]) -> tuple[Sources, dict]:
-    """Return the sources, and what else was asked for from the same run."""
+def split_residual(
+    model: BilinearTransformer, places: Places, layer: int, hooks: set[str]
+) -> tuple[Sources, dict[str, Float[Tensor, "position ..."]]]:
+    """Return the sources, and what `hooks` see in the same run, as `observe` does."""
     heads = [f"blocks.{i}.attn.hook_z" for i in range(layer + 1)]
     mlps = [f"blocks.{i}.hook_mlp_out" for i in range(layer)]
     mid = f"blocks.{layer}.hook_resid_mid"
-    found = _look(model, places, {"hook_embed", *heads, *mlps, mid, *hooks})
+    found = observe(model, places, {"hook_embed", *heads, *mlps, mid, *hooks})
     names, values = ["embedding"], [found["hook_embed"][:, None]]
     for i, block in enumerate(model.blocks[: layer + 1]):
         W_O = block.attn.W_O.detach().double()
@@ -369,7 +371,7 @@ def _split(model: BilinearTransformer, places: Places, layer: int, hooks: set[st
         if i < layer:
             values.append(found[mlps[i]][:, None])
             names.append(f"MLP {i}")
-    factor, shift = _through_norm(model.blocks[layer].ln2, found[mid])
+    factor, shift = norm_parts(model.blocks[layer].ln2, found[mid])
     return Sources(layer, places, tuple(names), torch.cat(values, 1), factor, shift), found
 
 
@@ -405,11 +407,11 @@ def attribute_sources(
         TypeError: The layer is not bilinear.
     """
     read = _reading(model, layer, feature, out, direction, token)
-    came, found = _split(model, _places(model, text, position), layer, set(read.hooks))
+    came, found = split_residual(model, locate(model, text, position), layer, set(read.hooks))
     scale, table = read.scale(found), []
     for some in torch.arange(len(came.values), device=scale.device).split(_POSITIONS):
         parts = F.pad(came.values[some], (0, 0, 1, 0))
-        parts = _with_constant(parts, came.factor[some], came.shift)
+        parts = with_unit(parts, came.factor[some], came.shift)
         table.append(_terms(read.matrix, parts) * scale[some, None, None])
     return SourceAttribution(read.target, layer, came.places, torch.cat(table), read.measure(found), came.names)
 
@@ -786,8 +788,21 @@ def _hook_of(sae: SAE, name: str, layer: int, points: Sequence[str], d_model: in
     return hook
 
 
-def _places(model: BilinearTransformer, text: Text | Tensor, position: int | None) -> Places:
-    """Tokenise, and find the positions that are asked for."""
+def locate(
+    model: BilinearTransformer,
+    text: Text | Int[Tensor, "text seq"] | Int[Tensor, " seq"],
+    position: int | None = None,
+) -> Places:
+    """Tokenise, and find the positions that are asked for.
+
+    Args:
+        model: The model.
+        text: As for `attribute`.
+        position: As for `attribute`.
+
+    Raises:
+        ValueError: No text, or no such position.
+    """
     if isinstance(text, Tensor):
         tokens = torch.atleast_2d(text)
         if not tokens.numel():
@@ -832,7 +847,7 @@ def _at(position: int, attend: Bool[Tensor, "text seq"]) -> Bool[Tensor, "text s
     return counts
 
 
-def _look(model: BilinearTransformer, places: Places, hooks: set[str]) -> dict[str, Float[Tensor, "position ..."]]:
+def observe(model: BilinearTransformer, places: Places, hooks: set[str]) -> dict[str, Float[Tensor, "position ..."]]:
     """Run the model, and return in float64 what the hook points see at each place."""
     parts: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
     for start in range(0, len(places.tokens), _ROWS):
@@ -848,10 +863,10 @@ def _rms(x: Float[Tensor, "position d_model"], eps: float) -> Float[Tensor, "pos
     return (x.pow(2).mean(1, keepdim=True) + eps).sqrt()
 
 
-def _through_norm(
+def norm_parts(
     norm: nn.Module, x: Float[Tensor, "position d_model"]
 ) -> tuple[Float[Tensor, "position d_model"], Float[Tensor, " d_model"]]:
-    """Return factor and shift such that `norm(x) = factor * x + shift`."""
+    """Return factor and shift such that `norm(x) = factor * x + shift`; without a norm, one and zero."""
     if not isinstance(norm, RMSNorm):
         return torch.ones_like(x), x.new_zeros(x.shape[1])
     gain = torch.ones_like(x[0]) if norm.weight is None else norm.weight.detach().to(x)
@@ -859,12 +874,12 @@ def _through_norm(
     return gain / _rms(x, norm.eps), shift
 
 
-def _with_constant(
+def with_unit(
     parts: Float[Tensor, "position part d_model"],
     factor: Float[Tensor, "position d_model"],
     shift: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "position part leg"]:
-    """Take parts through the norm; its shift and the constant 1 go to the first part, the bias."""
+    """Take parts through the norm into homogeneous coordinates; its shift and the 1 go to the first part, the bias."""
     parts = F.pad(parts * factor[:, None], (0, 1))
     parts[:, 0, :-1] += shift
     parts[:, 0, -1] = 1

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .paths import Bigram
 from .polynomials import Degree
 
 INK, PAPER, GRID = "#1f2933", "#ffffff", "#e4e7eb"
@@ -257,3 +258,48 @@ def residuals(found: Mapping[str, Degree]) -> go.Figure:
     figure = _figure(*traces, title="What a polynomial leaves", xaxis_title="degree", yaxis_title="relative residual")
     figure.update_yaxes(type="log", exponentformat="power")
     return figure.update_layout(showlegend=True)
+
+
+def path_shares(shares: Mapping[str, float]) -> go.Figure:
+    """Draw each path group's share of the variance of the logits (2305.03452, path expansion).
+
+    Args:
+        shares: As `Paths.shares` returns them.
+    """
+    return bars(shares, "Variance of the logits by path", "share", marked=[name for name in shares if "×" in name])
+
+
+def path_table(table: Float[Tensor, "part part"], names: Sequence[str], token: str) -> go.Figure:
+    """Draw a logit's paths through the MLP at one position, or their mean: left part down, right part across.
+
+    Args:
+        table: `Paths.table(...)[n]`.
+        names: `Paths.names`.
+        token: Whose logit it is.
+    """
+    if len(table) != len(names) + 1:
+        raise ValueError(f"table must have a row for the bias and each of {len(names)} names, got {len(table)}")
+    labels, limit = ["bias", *names], table.abs().max().item() or 1.0
+    trace = go.Heatmap(
+        z=[_rounded(row) for row in table],
+        x=labels,
+        y=labels,
+        colorscale=DIVERGING,
+        zmin=-limit,
+        zmax=limit,
+        hovertemplate="left %{y}, right %{x}: %{z:.4f}<extra></extra>",
+    )
+    figure = _figure(
+        trace, title=f"Paths to the logit of {token!r}", xaxis_title="right factor", yaxis_title="left factor"
+    )
+    return figure.update_yaxes(autorange="reversed", automargin=True)
+
+
+def bigrams(token: str, found: Sequence[Bigram]) -> go.Figure:
+    """Draw which tokens follow one, read off embedding, layer and unembedding (2406.03947, language part).
+
+    Args:
+        token: The one that is read.
+        found: As `paths.bigrams` returns them.
+    """
+    return bars({one.token: one.score for one in found}, f"What {token!r} predicts by itself", "logit")

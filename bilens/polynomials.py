@@ -95,8 +95,8 @@ def degree(
     """Find the polynomial degree of a module or function, by interpolation along random lines in float64.
 
     Along a line `f(a + t b)` has the degree that f has, for almost all a and b. Its Chebyshev coefficients on
-    `-1 <= t <= 1` end there; those of a gate, an activation or a norm do not end (2305.03452, section 2, needs a layer
-    that is a polynomial of degree two). What f does away from the lines stays unseen: give real inputs, or a larger
+    `-1 <= t <= 1` end there; those of a gate, an activation or a norm do not end. (All of 2305.03452 rests on a layer
+    being of degree two.) What f does away from the lines stays unseen: give real inputs, or a larger
     `scale`, where a function may be clipped or switched.
 
     Cost: `32 · lines` rows through f.
