@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from . import attribution as attribution
     from . import cards as cards
     from . import circuits as circuits
+    from . import classifiers as classifiers
     from . import couplings as couplings
+    from . import imagesets as imagesets
     from . import interventions as interventions
     from . import motifs as motifs
     from . import paths as paths
@@ -58,7 +60,9 @@ _MODULES = (
     "cards",
     "checkpoints",
     "circuits",
+    "classifiers",
     "couplings",
+    "imagesets",
     "interventions",
     "layers",
     "motifs",

@@ -14,11 +14,12 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
     *("tensor", "decompositions", "spectra", "factorizations", "interactions", "comparison", "polynomials"),
     *("formats", "layers", "transformer", "llama", "checkpoints", "saes", "attribution", "paths", "modifiers"),
-    *("cards", "circuits", "motifs", "interventions", "couplings", "toys", "images", "adversarial", "annealing"),
+    *("cards", "circuits", "motifs", "interventions", "couplings"),
+    *("toys", "imagesets", "classifiers", "images", "adversarial", "annealing"),
     *("plots", "report", "__init__", "__main__"),
 ]
 HOMES = {  # third parties that stay in one place
-    "transformer_lens": {"layers", "transformer"},
+    "transformer_lens": {"layers", "transformer", "classifiers"},
     "sae_lens": {"saes"},
     "huggingface_hub": {"checkpoints", "saes"},
     "plotly": {"plots", "report"},

@@ -1,0 +1,177 @@
+"""Labelled images: scikit-learn's digits offline, MNIST and others from the Hub, or a local npz or idx file."""
+
+import gzip
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Split = Literal["train", "test"]
+
+HUB = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist"}
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class ImageSet:
+    """Grey images and their classes.
+
+    Args:
+        x: Brightness in [0, 1].
+        y: Class of each image.
+        names: Names of the classes.
+
+    Raises:
+        ValueError: Brightness outside [0, 1] or not finite, a label outside the classes, or another number of labels
+            than images.
+    """
+
+    x: Float[Tensor, "n height width"]
+    y: Int[Tensor, " n"]
+    names: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.x.ndim != 3:
+            raise ValueError(f"x must have shape [n, height, width], got {list(self.x.shape)}")
+        if self.y.shape != self.x.shape[:1]:
+            raise ValueError(f"y must hold one label for each of the {len(self.x)} images, got {list(self.y.shape)}")
+        if not len(self.x):
+            raise ValueError("x must hold at least one image, got none")
+        low, high = (float(end) for end in self.x.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"x must lie in [0, 1] (divide bytes by 255), got values from {low:g} to {high:g}")
+        low, high = (int(end) for end in self.y.aminmax())
+        if low < 0 or high >= len(self.names):
+            raise ValueError(f"y must lie between 0 and {len(self.names) - 1}, got labels from {low} to {high}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: slice | Tensor) -> "ImageSet":
+        """Return some of the images, by a slice, indices or a mask."""
+        return replace(self, x=self.x[index], y=self.y[index])
+
+    def __repr__(self) -> str:
+        return f"ImageSet({len(self)} images of {self.height}x{self.width}, {len(self.names)} classes)"
+
+    @property
+    def height(self) -> int:
+        """Rows of an image."""
+        return self.x.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Columns of an image."""
+        return self.x.shape[2]
+
+    def flat(self) -> Float[Tensor, "n pixels"]:
+        """Return the images as rows of pixels."""
+        return self.x.flatten(1)
+
+    def to(self, *args, **kwargs) -> "ImageSet":
+        """Return the images on another device or in another floating-point type; labels keep their type."""
+        x = self.x.to(*args, **kwargs)
+        return replace(self, x=x, y=self.y.to(x.device))
+
+
+def load(name: str | Path = "digits", split: Split = "train") -> ImageSet:
+    """Load labelled images.
+
+    Args:
+        name: `"digits"`, scikit-learn's 1,797 digits of 8x8 pixels (offline; every fifth of each class is for testing);
+            a file `.npz` with `x_train, y_train, x_test, y_test`; a folder with the four idx files of MNIST, gzipped
+            or not; `"mnist"`, `"fashion-mnist"` or another Hub repository with the columns `image` and `label`.
+        split: `"train"` or `"test"`.
+
+    Returns:
+        The images, bytes divided by 255.
+
+    Raises:
+        FileNotFoundError: No such file, folder or repository.
+        ValueError: An unknown split, or a file that does not hold images and labels.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if str(name) == "digits":
+        return _digits(split)
+    path = Path(name)
+    if path.is_dir():
+        x, y = _from_idx(path, split)
+    elif path.suffix == ".npz":
+        x, y = _from_npz(path, split)
+    else:
+        return _from_hub(HUB.get(str(name), str(name)), split)
+    return from_bytes(x, y)
+
+
+def from_bytes(x: np.ndarray, y: np.ndarray, names: tuple[str, ...] | None = None) -> ImageSet:
+    """Make a set of images `[n, height, width]` of bytes; classes are named by number unless `names` are given."""
+    if x.dtype != np.uint8:
+        raise ValueError(f"images must be bytes from 0 to 255, got {x.dtype}")
+    y = torch.from_numpy(y.astype(np.int64))
+    names = tuple(str(i) for i in range(int(y.max()) + 1)) if names is None else names
+    return ImageSet(torch.tensor(x).float() / 255, y, names)
+
+
+def _digits(split: Split) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    rank = np.zeros(len(digits.target), int)  # of an image among those of its class
+    for label in range(10):
+        mine = digits.target == label
+        rank[mine] = np.arange(mine.sum())
+    chosen = (rank % 5 == 4) == (split == "test")
+    x = torch.from_numpy(digits.images[chosen] / 16).float()
+    return ImageSet(x, torch.from_numpy(digits.target[chosen]), tuple("0123456789"))
+
+
+def _from_npz(path: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with np.load(path, allow_pickle=False) as arrays:
+        wanted = [f"x_{split}", f"y_{split}"]
+        missing = [key for key in wanted if key not in arrays]
+        if missing:
+            raise ValueError(f"{path} must hold {', '.join(wanted)}, got {', '.join(arrays)}")
+        return arrays[wanted[0]], arrays[wanted[1]]
+
+
+def _from_idx(folder: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    prefix = {"train": "train", "test": "t10k"}[split]
+    return tuple(_read_idx(folder, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+
+
+def _read_idx(folder: Path, stem: str) -> np.ndarray:
+    """Read one idx file: two zero bytes, type 8 (bytes), number of axes, then the sizes and the data."""
+    for path in (folder / stem, folder / f"{stem}.gz"):
+        if path.is_file():
+            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            break
+    else:
+        raise FileNotFoundError(f"no file {stem} or {stem}.gz in {folder}")
+    ndim = data[3] if len(data) > 3 else 0
+    shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
+    if data[:3] != b"\0\0\x08" or not ndim or len(data) != 4 + 4 * ndim + np.prod(shape, dtype=int):
+        raise ValueError(f"{path} must be an idx file of bytes, got header {data[:4]!r} and {len(data)} bytes")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def _from_hub(repository: str, split: Split) -> ImageSet:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        dataset = load_dataset(repository, split=split)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{repository!r} is no file or folder here, and no dataset that can be reached on the Hub"
+        ) from error
+    if not {"image", "label"} <= set(dataset.column_names):
+        raise ValueError(f"{repository} must have columns image and label, got {', '.join(dataset.column_names)}")
+    x = np.stack([np.asarray(image.convert("L")) for image in dataset["image"]])
+    names = getattr(dataset.features["label"], "names", None)
+    return from_bytes(x, np.asarray(dataset["label"]), None if names is None else tuple(names))
