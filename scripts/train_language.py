@@ -19,12 +19,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -43,23 +45,29 @@ MLPS = {  # kind, activation, hidden width relative to --d-hidden: every kind ha
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="files with a column `text`, or Hub datasets")
-    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoints, log and model")
-    parser.add_argument("--tokens", type=float, default=48e6, help="how many tokens to train on")
+    add_training_arguments(parser, tokens=48e6, lr=0.02, lr_embed=0.004)
     parser.add_argument("--mlp", default="bilinear", choices=tuple(MLPS), help="kind of MLP, at equal parameters")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--d-hidden", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=4)
+    return parser.parse_args(arguments)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, tokens: float, lr: float, lr_embed: float) -> None:
+    """Declare what every training run has: data, folder, length, batch, rates, how often to save."""
+    parser.add_argument("--data", nargs="+", required=True, help="files with a column `text`, or Hub datasets")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoints, log and model")
+    parser.add_argument("--tokens", type=float, default=tokens, help="how many tokens to train on")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64, help="sequences per step, over all devices")
     parser.add_argument("--micro-batch", type=int, default=32, help="sequences per forward pass on one device")
-    parser.add_argument("--lr", type=float, default=0.02, help="peak rate of Muon (the blocks' matrices)")
-    parser.add_argument("--lr-embed", type=float, default=0.004, help="peak rate of AdamW (embedding, unembedding)")
+    parser.add_argument("--lr", type=float, default=lr, help="peak rate of Muon (the blocks' matrices)")
+    parser.add_argument("--lr-embed", type=float, default=lr_embed, help="peak rate of AdamW (all the rest)")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="of Muon")
     parser.add_argument("--warmup", type=float, default=0.02, help="fraction of the steps")
     parser.add_argument("--decay", type=float, default=0.6, help="last fraction of the steps, linear to zero")
@@ -68,9 +76,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16", choices=("bf16", "no"), help="autocast; weights stay float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile, 1.3 times faster on a CPU")
     parser.add_argument("--eval-every", type=int, default=500, help="steps")
+    parser.add_argument("--eval-texts", type=int, help="held-out texts of each corpus on the way (default: all)")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
-    return parser.parse_args()
+
+
+UNSEEN = ("out", "eval_every", "eval_texts", "checkpoint_every", "wandb")  # arguments without effect on the weights
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -78,18 +89,35 @@ def parse_args() -> argparse.Namespace:
 
 def read_corpus(name: str) -> tuple[list[str], str]:
     """Return the distinct texts of a file or Hub dataset in their order, and a hash of them."""
+    dataset = open_corpus(name)
+    texts = [text for text in dict.fromkeys(dataset["text"]) if text.strip()]
+    return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def open_corpus(name: str, streaming: bool = False) -> Dataset | IterableDataset:
+    """Open a file or Hub dataset; it must have a column `text`."""
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}
     if Path(name).suffix in kinds:
         if not Path(name).is_file():
             raise SystemExit(f"--data {name}: no such file")
-        dataset = load_dataset(kinds[Path(name).suffix], data_files=name, split="train")
+        dataset = load_dataset(kinds[Path(name).suffix], data_files=name, split="train", streaming=streaming)
     else:
         repository, _, split = name.partition(":")
-        dataset = load_dataset(repository, split=split or "train")
-    if "text" not in dataset.column_names:
-        raise SystemExit(f"--data {name}: needs a column `text`, has {', '.join(dataset.column_names)}")
-    texts = [text for text in dict.fromkeys(dataset["text"]) if text.strip()]
-    return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        dataset = load_dataset(repository, split=split or "train", streaming=streaming)
+    columns = dataset.column_names or next(iter(dataset), {}).keys()
+    if "text" not in columns:
+        raise SystemExit(f"--data {name}: needs a column `text`, has {', '.join(columns)}")
+    return dataset
+
+
+def read_corpora(names: list[str], holdout: float) -> tuple[list[str], dict[str, list[str]], dict[str, str]]:
+    """Return the texts to train on, those held out of each corpus, and a hash of each corpus."""
+    kept, held_out, digests = [], {}, {}
+    for path in names:
+        texts, digests[Path(path).name] = read_corpus(path)
+        kept += [text for text in texts if not is_held_out(text, holdout)]
+        held_out[Path(path).name] = [text for text in texts if is_held_out(text, holdout)]
+    return kept, held_out, digests
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -115,12 +143,19 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[Tensor]:
+class Ends(NamedTuple):
+    """Ids of the tokens that begin and end a text."""
+
+    bos: int = SPECIAL.index("[BOS]")
+    eos: int = SPECIAL.index("[EOS]")
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], ends: Ends) -> list[Tensor]:
     """Encode each text as BOS, its tokens, EOS."""
     ids = []
     for start in tqdm(range(0, len(texts), 1000), desc="tokenising", unit="k texts", leave=False):
-        for encoding in tokenizer.encode_batch(texts[start : start + 1000]):
-            ids.append(torch.tensor([*encoding.ids, SPECIAL.index("[EOS]")], dtype=torch.int16))
+        for encoding in tokenizer.encode_batch(texts[start : start + 1000], add_special_tokens=False):
+            ids.append(torch.tensor([ends.bos, *encoding.ids, ends.eos], dtype=torch.int32))
     return ids
 
 
@@ -130,8 +165,8 @@ class Windows:
     Window `n` is a function of the seed and `n` alone, so a run can stop and resume anywhere.
     """
 
-    def __init__(self, documents: list[Tensor], context: int, seed: int):
-        self.documents, self.context, self.seed = documents, context, seed
+    def __init__(self, documents: list[Tensor], context: int, seed: int, ends: Ends):
+        self.documents, self.context, self.seed, self.ends = documents, context, seed, ends
         self.epoch = -1
         self.per_epoch = sum(map(len, documents)) // (context - 1)
 
@@ -141,22 +176,32 @@ class Windows:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
             order = torch.randperm(len(self.documents), generator=generator).tolist()
             self.epoch, self.stream = epoch, torch.cat([self.documents[i] for i in order])
-        window = self.stream[place * (self.context - 1) : (place + 1) * (self.context - 1)].long()
-        bos = SPECIAL.index("[BOS]")
-        return torch.cat((torch.tensor([bos]), window[1:] if window[0] == bos else window))[: self.context]
+        return self.stream[place * (self.context - 1) : (place + 1) * (self.context - 1)]
 
     def batch(self, numbers: range) -> Tensor:
-        """Stack windows; the odd one that began with BOS by itself is a token shorter and ends in EOS."""
-        rows = torch.full((len(numbers), self.context), SPECIAL.index("[EOS]"))
-        for row, n in zip(rows, numbers, strict=True):
-            window = self[n]
-            row[: len(window)] = window
-        return rows
+        """Stack windows."""
+        return stack([self[n] for n in numbers], self.context, self.ends)
+
+    def state(self) -> str:
+        """What a checkpoint has to remember: nothing."""
+        return ""
+
+    def restore(self, state: str) -> None:
+        """Go on after a checkpoint."""
 
 
-def held_out_rows(documents: list[Tensor], context: int) -> tuple[Tensor, Tensor]:
+def stack(windows: list[Tensor], context: int, ends: Ends) -> Tensor:
+    """Put BOS before each window; the odd one that began with it by itself is a token shorter and ends in EOS."""
+    rows = torch.full((len(windows), context), ends.eos)
+    for row, window in zip(rows, windows, strict=True):
+        window = window[1:] if window[0] == ends.bos else window
+        row[0], row[1 : 1 + len(window)] = ends.bos, window.long()
+    return rows
+
+
+def held_out_rows(documents: list[Tensor], context: int, ends: Ends) -> tuple[Tensor, Tensor]:
     """Return the first `context` tokens of each document, padded, and their mask."""
-    rows = torch.full((len(documents), context), SPECIAL.index("[EOS]"))
+    rows = torch.full((len(documents), context), ends.eos)
     mask = torch.zeros(len(documents), context, dtype=torch.bool)
     for i, document in enumerate(documents):
         document = document[:context].long()
@@ -209,131 +254,186 @@ def rate(step: int, steps: int, warmup: float, decay: float) -> float:
     return min(1.0, (step + 1) / max(1, warmup * steps), (steps - step) / max(1, decay * steps))
 
 
-def save_checkpoint(
-    path: Path, model: BilinearTransformer, optimizers: list, step: int, recent: list[float], fingerprint: str
-) -> None:
-    """Write weights, optimiser state and the losses since the last log row in one safetensors file, atomically."""
-    tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    partial = path.with_suffix(".partial")
-    metadata = {"step": str(step), "recent": json.dumps(recent), "fingerprint": fingerprint}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+def make_optimizers(model: BilinearTransformer, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Return Muon for the blocks' matrices and AdamW for the rest; each group remembers its peak rate."""
+    matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
+    taken = {id(weight) for weight in matrices}
+    rest = [weight for weight in model.parameters() if id(weight) not in taken]
+    return [
+        torch.optim.Muon([{"params": matrices, "peak": args.lr}], lr=args.lr, weight_decay=args.weight_decay),
+        torch.optim.AdamW(
+            [{"params": rest, "peak": args.lr_embed}], lr=args.lr_embed, betas=(0.9, 0.95), weight_decay=0.0
+        ),
+    ]
 
 
-def load_checkpoint(
-    path: Path, model: BilinearTransformer, optimizers: list, fingerprint: str
-) -> tuple[int, list[float]]:
-    """Restore a checkpoint; return the step to go on with and the losses since the last log row."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if metadata["fingerprint"] != fingerprint:
-        raise SystemExit(
-            f"{path} belongs to a run with other data or arguments (fingerprint {metadata['fingerprint'][:12]}, this "
-            f"run {fingerprint[:12]}): give another --out, or delete it to start over"
-        )
-    tensors = load_file(path)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith(f"optimizer.{number}."):
-                _, _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(metadata["step"]), json.loads(metadata["recent"])
+def training_step(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    windows: "Windows",
+    step: int,
+    steps: int,
+) -> float:
+    """Take one step, over as many micro-batches as a batch has; return the loss before it."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate(step, steps, args.warmup, args.decay)
+    per_step = args.micro_batch * accelerator.num_processes
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for micro in range(args.batch // per_step):
+        begin = step * args.batch + micro * per_step + accelerator.process_index * args.micro_batch
+        batch = windows.batch(range(begin, begin + args.micro_batch)).to(accelerator.device)
+        with accelerator.autocast():
+            loss = model(batch, return_type="loss") / (args.batch // per_step)
+        accelerator.backward(loss)
+        loss_sum += loss.detach()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return accelerator.reduce(loss_sum, "mean").item()
+
+
+class Checkpoint:
+    """Weights, optimiser state, place in the data and the losses since the last log row: one safetensors file."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.step = path, 0
+        self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def save(
+        self, model: BilinearTransformer, optimizers: list, windows: "Windows", step: int, recent: list[float]
+    ) -> None:
+        """Replace the file, atomically; weights that are not finite are refused."""
+        tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+        if not all(weight.isfinite().all() for weight in tensors.values()):
+            raise SystemExit(f"weights are not finite after step {step}: lower --lr; {self}")
+        for number, optimizer in enumerate(optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        partial = self.path.with_suffix(".partial")
+        metadata = {"step": str(step), "recent": json.dumps(recent), "fingerprint": self.fingerprint}
+        metadata |= {"stream": windows.state()}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+        os.replace(partial, self.path)
+        self.step = step
+
+    def load(self, model: BilinearTransformer, optimizers: list, windows: "Windows") -> list[float]:
+        """Restore the file if there is one, and `step`, the step to go on with; return the losses."""
+        if not self.path.exists():
+            return []
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+        if metadata["fingerprint"] != self.fingerprint:
+            raise SystemExit(
+                f"{self.path} belongs to a run with other data or arguments (fingerprint "
+                f"{metadata['fingerprint'][:12]}, this run {self.fingerprint[:12]}): give another --out, or delete it "
+                "to start over"
+            )
+        tensors = load_file(self.path)
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for number, optimizer in enumerate(optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{number}."):
+                    _, _, index, name = key.split(".")
+                    state.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        windows.restore(metadata.get("stream", ""))
+        self.step = int(metadata["step"])
+        return json.loads(metadata["recent"])
+
+    def __str__(self) -> str:
+        """Say where the last good weights are."""
+        return f"the last good checkpoint is {self.path}, after step {self.step}" if self.step else "no checkpoint yet"
+
+
+def optimise(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: BilinearTransformer,
+    windows: "Windows",
+    held_out: dict[str, tuple[Tensor, Tensor]],
+    settings: dict,
+    before_step: Callable[[int, int], dict[str, str]] = lambda step, steps: {},
+) -> list[dict[str, str]]:
+    """Train a model from its last checkpoint to its last step; return the rows of the log.
+
+    Args:
+        args: The training arguments.
+        accelerator: The devices.
+        model: Trained in place; on the accelerator's device.
+        windows: Where batches come from.
+        held_out: Rows and mask of each corpus's held-out texts.
+        settings: Everything the weights depend on: a checkpoint of a run with others is refused.
+        before_step: Called with the step and their number; returns columns for the log.
+    """
+    per_step = args.micro_batch * accelerator.num_processes
+    if args.batch % per_step:
+        raise SystemExit(f"--batch must be a multiple of {per_step} (--micro-batch times devices), got {args.batch}")
+    main, steps = accelerator.is_main_process, math.ceil(args.tokens / (args.batch * args.context))
+    optimizers = make_optimizers(model, args)
+    checkpoint = Checkpoint(args.out / "checkpoint.safetensors", settings)
+    recent = checkpoint.load(model, optimizers, windows)
+    wrapped = accelerator.prepare_model(torch.compile(model) if args.compile else model)
+    log = Log(args.out / "log.csv", checkpoint.step, accelerator) if main else None
+    progress = tqdm(
+        range(checkpoint.step, steps), initial=checkpoint.step, total=steps, desc="training", disable=not main
+    )
+    clock = time.perf_counter()
+    for step in progress:
+        columns = before_step(step, steps)
+        recent.append(training_step(args, accelerator, wrapped, optimizers, windows, step, steps))
+        if not math.isfinite(recent[-1]):
+            raise SystemExit(f"loss is {recent[-1]} at step {step}: lower --lr; {checkpoint}")
+        done = step + 1
+        progress.set_postfix(loss=f"{recent[-1]:.3f}")
+        if main and (done % args.eval_every == 0 or done == steps):
+            some = {name: [part[: args.eval_texts] for part in rows] for name, rows in held_out.items()}
+            losses = {name: held_out_loss(model, *rows, args.micro_batch) for name, rows in some.items()}
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            tokens = done * args.batch * args.context
+            log.write(done, tokens, sum(recent) / len(recent), columns, losses, seconds)
+            recent = []
+        if main and (done % args.checkpoint_every == 0 or done == steps):
+            checkpoint.save(model, optimizers, windows, done, recent)
+    return log.rows if main else []
 
 
 def train(args: argparse.Namespace) -> None:
     """Run the whole pipeline."""
     accelerator = Accelerator(mixed_precision=args.precision, log_with="wandb" if args.wandb else None)
     set_seed(args.seed)
-    main = accelerator.is_main_process
     args.out.mkdir(parents=True, exist_ok=True)
-    per_step = args.micro_batch * accelerator.num_processes
-    if args.batch % per_step:
-        raise SystemExit(f"--batch must be a multiple of {per_step} (--micro-batch times devices), got {args.batch}")
-
-    corpora = {Path(name).name: read_corpus(name) for name in args.data}
-    splits = {
-        name: (
-            [t for t in texts if not is_held_out(t, args.holdout)],
-            [t for t in texts if is_held_out(t, args.holdout)],
-        )
-        for name, (texts, _) in corpora.items()
-    }
+    kept, held_out_texts, digests = read_corpora(args.data, args.holdout)
     tokenizer_file = args.out / "tokenizer.json"
     with accelerator.main_process_first():
         if not tokenizer_file.exists():
-            tokenizer = train_tokenizer([t for kept, _ in splits.values() for t in kept], args.vocab)
-            tokenizer.save(str(tokenizer_file))
+            train_tokenizer(kept, args.vocab).save(str(tokenizer_file))
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    windows = Windows(encode(tokenizer, [t for kept, _ in splits.values() for t in kept]), args.context, args.seed)
-    held_out = {name: held_out_rows(encode(tokenizer, out), args.context) for name, (_, out) in splits.items()}
-    steps = math.ceil(args.tokens / (args.batch * args.context))
+    windows = Windows(encode(tokenizer, kept, Ends()), args.context, args.seed, Ends())
+    held_out = {
+        name: held_out_rows(encode(tokenizer, texts, Ends()), args.context, Ends())
+        for name, texts in held_out_texts.items()
+    }
     accelerator.print(
         f"{windows.per_epoch * (args.context - 1) / 1e6:.1f}M tokens of training text, "
-        f"{', '.join(f'{len(rows)} held-out texts of {name}' for name, (rows, _) in held_out.items())}; {steps} steps"
+        f"{', '.join(f'{len(rows)} held-out texts of {name}' for name, (rows, _) in held_out.items())}"
     )
-
     model = new_model(args, tokenizer)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
-    ignored = ("out", "eval_every", "checkpoint_every", "wandb")
-    settings = {k: v for k, v in vars(args).items() if k not in ignored} | {
-        "data": {name: digest for name, (_, digest) in corpora.items()},
+    settings = {k: v for k, v in vars(args).items() if k not in UNSEEN} | {
+        "data": digests,
         "tokenizer": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
         "devices": accelerator.num_processes,
     }
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    muon = torch.optim.Muon(model.blocks.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    adamw = torch.optim.AdamW(
-        [model.embed.weight, model.unembed.weight], lr=args.lr_embed, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    peaks = {id(muon): args.lr, id(adamw): args.lr_embed}
-    model = model.to(accelerator.device)
-    checkpoint = args.out / "checkpoint.safetensors"
-    first, recent = 0, []
-    if checkpoint.exists():
-        first, recent = load_checkpoint(checkpoint, model, [muon, adamw], fingerprint)
-    wrapped = accelerator.prepare_model(torch.compile(model) if args.compile else model)
     if args.wandb:
         accelerator.init_trackers(args.wandb, settings)
-
-    log = Log(args.out / "log.csv", first, accelerator) if main else None
-    progress = tqdm(range(first, steps), initial=first, total=steps, desc="training", disable=not main)
-    micro_steps, clock = args.batch // per_step, time.perf_counter()
-    for step in progress:
-        for optimizer in (muon, adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = peaks[id(optimizer)] * rate(step, steps, args.warmup, args.decay)
-        loss_sum = torch.zeros((), device=accelerator.device)
-        for micro in range(micro_steps):
-            begin = step * args.batch + micro * per_step + accelerator.process_index * args.micro_batch
-            batch = windows.batch(range(begin, begin + args.micro_batch)).to(accelerator.device)
-            with accelerator.autocast():
-                loss = wrapped(batch, return_type="loss") / micro_steps
-            accelerator.backward(loss)
-            loss_sum += loss.detach()
-        for optimizer in (muon, adamw):
-            optimizer.step()
-            optimizer.zero_grad()
-        recent.append(accelerator.reduce(loss_sum, "mean").item())
-        if not math.isfinite(recent[-1]):
-            raise SystemExit(f"loss is {recent[-1]} at step {step}: lower --lr; the last checkpoint is {checkpoint}")
-        done = step + 1
-        progress.set_postfix(loss=f"{recent[-1]:.3f}")
-        if main and (done % args.eval_every == 0 or done == steps):
-            losses = {name: held_out_loss(model, *rows, args.micro_batch) for name, rows in held_out.items()}
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            log.write(done, done * args.batch * args.context, sum(recent) / len(recent), losses, seconds)
-            recent = []
-        if main and (done % args.checkpoint_every == 0 or done == steps):
-            save_checkpoint(checkpoint, model, [muon, adamw], done, recent, fingerprint)
-    if main:
-        model.to(torch.bfloat16).to(torch.float32)  # evaluate the weights as they are stored
-        export(args, model, settings, {name: held_out_loss(model, *rows, 32) for name, rows in held_out.items()})
+    model = model.to(accelerator.device)
+    curve = optimise(args, accelerator, model, windows, held_out, settings)
+    if accelerator.is_main_process:
+        export(args.out / "model", model, held_out, {"settings": settings, "curve": curve})
     accelerator.end_training()
 
 
@@ -349,10 +449,18 @@ class Log:
         self.rows = rows
         self._flush()
 
-    def write(self, step: int, tokens: int, loss: float, held_out: dict[str, float], seconds: float) -> None:
+    def write(
+        self,
+        step: int,
+        tokens: int,
+        loss: float,
+        columns: dict[str, str],
+        held_out: dict[str, float],
+        seconds: float,
+    ) -> None:
         """Append a row."""
-        values = {f"held-out {name}": f"{value:.4f}" for name, value in held_out.items()}
-        row = {"step": step, "tokens": tokens, "train": f"{loss:.4f}", **values, "seconds": f"{seconds:.0f}"}
+        row = {"step": str(step), "tokens": str(tokens), **columns, "train": f"{loss:.4f}"}
+        row |= {f"held-out {name}": f"{value:.4f}" for name, value in held_out.items()} | {"seconds": f"{seconds:.0f}"}
         self.rows.append(row)
         self._flush()
         self.accelerator.log({k: float(v) for k, v in row.items()}, step=step)
@@ -366,13 +474,12 @@ class Log:
                 writer.writerows(self.rows)
 
 
-def export(args: argparse.Namespace, model: BilinearTransformer, settings: dict, losses: dict[str, float]) -> None:
-    """Write the model in bfloat16, the published format, with `training.json` beside it."""
-    folder = args.out / "model"
+def export(folder: Path, model: BilinearTransformer, held_out: dict[str, tuple[Tensor, Tensor]], record: dict) -> None:
+    """Write the model in bfloat16, with `training.json`: the record, and the loss of the weights as stored."""
+    model.to(torch.bfloat16).to(torch.float32)
+    losses = {name: held_out_loss(model, *rows, 32) for name, rows in held_out.items()}
     bilens.save(model.cpu().to(torch.bfloat16), folder)
-    with (args.out / "log.csv").open() as file:
-        curve = list(csv.DictReader(file))
-    record = {"settings": settings, "held-out loss": losses, "torch": torch.__version__, "curve": curve}
+    record = {**record, "held-out loss": losses, "torch": torch.__version__}
     (folder / "training.json").write_text(json.dumps(record, indent=1))
     tqdm.write(f"wrote {folder}")
 
