@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import bilens
 from bilens import annealing
 from bilens.annealing import SCHEDULES, alpha_at
+from bilens.polynomials import check_quadratic
 
 ACTS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 GATED = {"mlp": "gated", "act": "silu"}
@@ -124,6 +125,11 @@ def test_at_the_end_the_model_is_bilinear(gated, tokens, tmp_path):
     assert (folded.cfg.mlp, folded.cfg.act) == ("bilinear", None)
     torch.testing.assert_close(folded(tokens), soft(tokens), rtol=1e-9, atol=1e-9)
     x = torch.randn(7, gated.cfg.d_model, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for before, block in zip(gated.blocks, folded.blocks, strict=True):
+        check_quadratic(block.mlp, generator=generator)
+        with pytest.raises(ValueError, match="quadratic"):
+            check_quadratic(before.mlp, generator=generator)
     for block, annealed in zip(folded.blocks, soft.blocks, strict=True):
         torch.testing.assert_close(block.mlp.tensor().apply(x), annealed.mlp(x))
 
