@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from . import couplings as couplings
     from . import imagesets as imagesets
     from . import interventions as interventions
+    from . import modifiers as modifiers
     from . import motifs as motifs
     from . import paths as paths
     from . import plots as plots
@@ -65,6 +66,7 @@ _MODULES = (
     "imagesets",
     "interventions",
     "layers",
+    "modifiers",
     "motifs",
     "paths",
     "plots",

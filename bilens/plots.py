@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .modifiers import Modified
 from .paths import Bigram
 from .polynomials import Degree
 
@@ -303,3 +304,34 @@ def bigrams(token: str, found: Sequence[Bigram]) -> go.Figure:
         found: As `paths.bigrams` returns them.
     """
     return bars({one.token: one.score for one in found}, f"What {token!r} predicts by itself", "logit")
+
+
+def modified(found: Modified) -> go.Figure:
+    """Draw the default features that an input feature modifies most, orange where amplified, blue where suppressed.
+
+    Args:
+        found: As `most_modified` returns it.
+    """
+    names = [f"#{feature}" for feature in found.feature.tolist()]
+    figure = bars(dict(zip(names, found.change.tolist(), strict=True)), "Default features modified most", "change")
+    figure.data[0].update(
+        marker_color=[POSITIVE if gain > 0 else NEGATIVE for gain in found.gain.tolist()],
+        customdata=_rounded(found.gain),
+        hovertemplate="%{x}: %{y:.3f}, gain %{customdata}<extra></extra>",
+    )
+    return figure
+
+
+def modification(matrix: Float[Tensor, "default modifier"]) -> go.Figure:
+    """Draw how strongly each modifier feature modifies each default feature (2305.03452).
+
+    Args:
+        matrix: As `modifiers.modification` returns it.
+    """
+    trace = go.Heatmap(
+        z=[_rounded(row) for row in matrix],
+        colorscale=[[0, PAPER], [1, POSITIVE]],
+        hovertemplate="default %{y}, modifier %{x}: %{z:.4f}<extra></extra>",
+    )
+    figure = _figure(trace, title="What modifies what", xaxis_title="modifier feature", yaxis_title="default feature")
+    return figure.update_yaxes(autorange="reversed")

@@ -71,7 +71,7 @@ def test_third_parties_stay_in_their_modules(module):
 
 
 def test_importing_bilens_is_light():
-    heavy = ["transformer_lens", "sae_lens", "transformers", "datasets", "plotly", "huggingface_hub"]
+    heavy = ["transformer_lens", "sae_lens", "transformers", "datasets", "plotly", "huggingface_hub", "sklearn"]
     code = f"import sys, bilens; print([name for name in {heavy} if name in sys.modules], 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (run.stdout.strip(), run.stderr) == ("[] True", "")
