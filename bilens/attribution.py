@@ -311,7 +311,7 @@ class Sources:
 
     layer: int
     places: Places
-    names: tuple[str, ...]  # embedding, then heads 0.0, 0.1, ..., MLP 0, heads 1.0, ...
+    names: tuple[str, ...]  # embedding (attention biases), heads 0.0, 0.1, ..., MLP 0, heads 1.0, ...
     values: Float[Tensor, "position source d_model"]
     factor: Float[Tensor, "position d_model"]
     shift: Float[Tensor, " d_model"]
@@ -338,8 +338,9 @@ def sources(
 ) -> Sources:
     """Split the residual stream before an MLP into embedding, attention heads and earlier MLPs.
 
-    `resid_mid_L = embed + Σ_{l≤L} Σ_h z_lh W_O,lh + Σ_{l<L} mlp_out_l`; an MLP's output bias belongs to it. Works for
-    every kind of MLP. Cost: one run of the model, and `sources · d_model` numbers per position.
+    `resid_mid_L = embed + Σ_{l≤L} Σ_h z_lh W_O,lh + Σ_{l<L} mlp_out_l`; an MLP's output bias belongs to it. Where
+    attention has output biases, their sum over l is one more source, `"attention biases"`. Works for every kind of MLP.
+    Cost: one run of the model, and `sources · d_model` numbers per position.
 
     Args:
         model: The model.
@@ -363,6 +364,10 @@ def split_residual(
     mid = f"blocks.{layer}.hook_resid_mid"
     found = observe(model, places, {"hook_embed", *heads, *mlps, mid, *hooks})
     names, values = ["embedding"], [found["hook_embed"][:, None]]
+    if model.cfg.attn_bias[1]:
+        bias = sum(block.attn.b_O.detach().double() for block in model.blocks[: layer + 1])
+        names.append("attention biases")
+        values.append(bias.expand_as(values[0]))
     for i, block in enumerate(model.blocks[: layer + 1]):
         W_O = block.attn.W_O.detach().double()
         written = einsum(found[heads[i]], W_O, "position head d_head, head d_head d_model -> position head d_model")
@@ -662,6 +667,8 @@ def _draw_sources(drawn: _Nodes, found: Attribution, traced: Trace, n: int, part
             keys.append(drawn.add("E", vocab, position, position, "embedding", f"embedding of {word!r}"))
         elif kind == "MLP":
             keys.append(drawn.add(4 * int(at) + 3, "mlp", -1, position, "mlp", name))
+        elif kind == "attention":
+            keys.append(drawn.add("E", "attention-biases", -1, position, "bias", name))
         else:
             block, head = map(int, at.split("."))
             keys.append(drawn.add(4 * block, f"head{head}", head, position, "attention head", name))

@@ -1,11 +1,10 @@
 """Published checkpoints to models and back: from the Hub, a folder, or the model that ships inside."""
 
 import json
-import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +25,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
+from .formats import CheckpointError, Layout, Published
+from .llama import ARCHITECTURES, Llama
+from .rotary import Rope
+
 if TYPE_CHECKING:
     from .transformer import BilinearConfig, BilinearTransformer
 
@@ -36,15 +39,7 @@ TOKENIZERS = {
     "mistral": "mistral-community/Mixtral-8x22B-v0.1",
     "gpt2": "openai-community/gpt2",
 }
-UNREAD = {  # written by transformers or by training; without effect on what the model computes
-    *("architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "auto_map", "_name_or_path"),
-    *("repo", "modifier", "noise", "attn_dropout", "embed_dropout", "mlp_dropout", "resid_dropout"),
-}
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded as what it claims to be; nothing was loaded."""
 
 
 def assets() -> Path:
@@ -91,14 +86,17 @@ def load(
     source = Source.find(name, revision)
     config_file = source.file("config.json")
     config = read_json(config_file)
-    tensors = _read_tensors(source, dtype)
-    model = _build(config, tensors, config_file)
+    layout = _layout_of(config, config_file)
+    model = _build(layout, config, _read_tensors(source, dtype), config_file)
     model.tokenizer = _find_tokenizer(source, config, tokenizer)
-    if model.tokenizer is not None and model.tokenizer.get_vocab_size() > model.cfg.d_vocab:
-        raise CheckpointError(
-            f"the tokenizer of {name} has {model.tokenizer.get_vocab_size()} tokens, the embedding only "
-            f"{model.cfg.d_vocab} rows: they do not belong together"
-        )
+    if model.tokenizer is not None:
+        n_tokens = 1 + max(model.tokenizer.get_vocab().values(), default=-1)
+        if n_tokens > model.cfg.d_vocab:
+            raise CheckpointError(
+                f"the tokenizer of {name} has {n_tokens} tokens, the embedding only {model.cfg.d_vocab} rows: they do "
+                f"not belong together"
+            )
+        model.has_bos = layout.has_bos(model.tokenizer)
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -118,16 +116,9 @@ def save(model: "BilinearTransformer", folder: str | os.PathLike[str]) -> None:
     """
     if any(block.mlp.gate is not None for block in model.blocks):
         raise ValueError("model is being annealed, which no format can express: bilens.annealing.fold it first")
-    layout = Layout.of_model(model)
+    layout = _layout_for(model)
     folder = Path(folder)
-    state = {  # clones: a safetensors file cannot hold weights that share memory, such as tied embeddings
-        layout.published(name): _finite(weight, name, folder).cpu().clone(memory_format=torch.contiguous_format)
-        for name, weight in model.state_dict().items()
-    }
-    frequencies = 10000 ** (-torch.arange(0, model.cfg.d_head, 2).float() / model.cfg.d_head)
-    for layer in range(model.cfg.n_layers):  # the authors' code refuses a file without them
-        state[f"transformer.h.{layer}.attn.rotary.inv_freq"] = frequencies.clone()
-    config = {**model.source, **layout.config(model)}
+    state, config = _state(model, layout, folder), layout.config(model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         written = Path(temporary)
@@ -253,7 +244,13 @@ def _read_tensors(source: Source, dtype: torch.dtype | None) -> dict[str, tuple[
                 raise CheckpointError(
                     f"{index}: weight_map must map tensors to names of files beside it, got {shard!r}"
                 )
-        shards = [source.file(shard) for shard in sorted(set(named))]
+        found = {shard: source.optional(shard) for shard in sorted(set(named))}
+        missing = [shard for shard, path in found.items() if path is None]
+        if missing:
+            raise FileNotFoundError(
+                f"{source.name} has no {', '.join(missing)}, though {index.name} names {len(found)} files"
+            )
+        shards = list(found.values())
     tensors: dict[str, tuple[Tensor, Path]] = {}
     for shard in shards:
         for name, tensor in read_safetensors(shard, dtype):
@@ -338,213 +335,132 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-# -- the published formats --------------------------------------------------------------------------------------------
+# -- from tensors to a model ------------------------------------------------------------------------------------------
 
 
-class Layout:
-    """One generation of the published format: what its config keys mean and how it names its tensors.
+def _layout_of(config: Mapping[str, Any], config_file: Path) -> Layout:
+    """Tell the format by the config's keys; what of it cannot be represented is refused before any tensor is read."""
+    return Llama.of_config(config, config_file) if Llama.claims(config) else Published.of_config(config)
 
-    `"2025"` is that of the ts-* and fw-* models (2410.08417), `"2024-06"` that of 2406.03947, `"2024-05"` its
-    predecessor. They differ in the config keys, in the name of the down projection and in the norms.
-    """
 
-    def __init__(self, generation: str):
-        self.generation = generation
-        self.down = "p" if generation == "2025" else "o"
+def _layout_for(model: "BilinearTransformer") -> Layout:
+    """Choose the format to write: the model's own, for a new model the newest that can express it."""
+    if model.source:
+        layouts = [_layout_of(model.source, Path("config.json"))]
+    else:
+        layouts = [*map(Published, Published.generations), *map(Llama, ARCHITECTURES)]
+    for layout in layouts:
+        if layout.expresses(model.cfg):
+            return layout
+    raise ValueError(f"no published format can express this model: {model.cfg}")
 
-    @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> "Layout":
-        """Tell the generation by the keys that only it has."""
-        if "mlp" in config or "norm_bias" in config:
-            return cls("2024-05")
-        return cls("2024-06" if "n_vocab" in config else "2025")
 
-    @classmethod
-    def of_model(cls, model: "BilinearTransformer") -> "Layout":
-        """Choose the generation to write: the model's own, for a new model the newest that can express it."""
-        generations = (
-            [cls.of_config(model.source)] if model.source else [cls(g) for g in ("2025", "2024-06", "2024-05")]
+class _Stored:
+    """The tensors of a checkpoint; each leaves when it has found its place, so that what is left has none."""
+
+    def __init__(self, tensors: dict[str, tuple[Tensor, Path]], config_file: Path):
+        self.names, self.left, self.config_file = tuple(tensors), tensors, config_file
+        self.files = sorted({str(path) for _, path in tensors.values()}) or [str(config_file.parent)]
+
+    def vocabulary(self, name: str) -> int:
+        """Return the rows of the embedding."""
+        embedding, path = self._find(name, "[vocab, d_model]")
+        if embedding.ndim != 2:
+            raise CheckpointError(
+                f"{path}: tensor {name} must have shape [vocab, d_model], got {list(embedding.shape)}"
+            )
+        return len(embedding)
+
+    def take(self, name: str, shape: list[int]) -> Tensor:
+        """Return the tensor of that name, which must have that shape."""
+        tensor, path = self._find(name, str(shape))
+        if list(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} must have shape {shape} by {self.config_file.name}, got {list(tensor.shape)}"
+            )
+        del self.left[name]
+        return tensor
+
+    def _find(self, name: str, shape: str) -> tuple[Tensor, Path]:
+        if name in self.left:
+            return self.left[name]
+        near = get_close_matches(name, self.names, n=1)
+        hint = f"; it has {near[0]}" if near else ""
+        raise CheckpointError(
+            f"{', '.join(self.files)}: tensor {name} of shape {shape} is missing, though {self.config_file.name} asks "
+            f"for it{hint}"
         )
-        for layout in generations:
-            if layout._expresses(model.cfg):
-                return layout
-        raise ValueError(f"no published format can express this model: {model.cfg}")
-
-    def _expresses(self, cfg: "BilinearConfig") -> bool:
-        try:
-            return self.shape(self._keys(cfg), cfg.d_vocab, Path("config.json")) == cfg
-        except CheckpointError:  # an activation that no published model has
-            return False
-
-    def published(self, name: str) -> str:
-        """Translate a parameter's name in the model into the published one."""
-        if name.startswith("blocks."):
-            _, layer, rest = name.split(".", 2)
-            rest = rest.replace("ln1.", "n1.norm.").replace("ln2.", "n2.norm.").replace("mlp.p.", f"mlp.{self.down}.")
-            return f"transformer.h.{layer}.{rest}"
-        top = {"embed.weight": "transformer.wte.weight", "unembed.weight": "lm_head.weight"}
-        return top.get(name, name.replace("ln_final.", "transformer.n_f.norm."))
-
-    def config(self, model: "BilinearTransformer") -> dict[str, Any]:
-        """Return the config keys that say what the model is."""
-        dtype = str(model.W_E.dtype).removeprefix("torch.")
-        return {"architectures": ["Transformer"], "dtype": dtype, **self._keys(model.cfg)}
-
-    def _keys(self, cfg: "BilinearConfig") -> dict[str, Any]:
-        keys: dict[str, Any] = {
-            "n_layer": cfg.n_layers,
-            "n_head": cfg.n_heads,
-            "n_ctx": cfg.n_ctx,
-            "d_model": cfg.d_model,
-            "d_hidden": cfg.d_hidden,
-        }
-        act = None if cfg.act == "identity" else cfg.act
-        if self.generation == "2025":
-            scaled = cfg.attn_scale != 1
-            keys |= {"bilinear": cfg.mlp != "plain", "gate": act, "bias": cfg.mlp_bias[0]}
-            keys |= {"normalization": cfg.norm != "none", "scale_attn": scaled}
-            return keys | {"attention2": cfg.attention == "bilinear"}
-        keys["n_vocab"] = cfg.d_vocab
-        if self.generation == "2024-06":
-            return keys | {
-                "bilinear": cfg.mlp != "plain",
-                "gate": act is not None,
-                "bias": cfg.mlp_bias[0],
-                "normalization": cfg.norm != "none",
-            }
-        names = {"bilinear": "blp", "gated": "glp", "plain": "mlp"}
-        return keys | {
-            "mlp": names[cfg.mlp],
-            "normalization": None if cfg.norm == "none" else "rms",
-            "norm_bias": "shift" in cfg.norm,
-            "mlp_bias": cfg.mlp_bias[0],
-        }
-
-    def shape(self, config: Mapping[str, Any], d_vocab: int, path: Path) -> "BilinearConfig":
-        """Read the model's shape off a config.
-
-        Args:
-            config: The published keys.
-            d_vocab: Rows of the embedding, which decide the vocabulary.
-            path: The file, for error messages.
-        """
-        from .transformer import BilinearConfig
-
-        read = _Keys(config, path)
-        fields: dict[str, Any] = {ours: read.size(theirs) for ours, theirs in SIZES.items()}
-        if self.generation == "2024-05":
-            mlps = {"blp": ("bilinear", None), "glp": ("gated", "gelu"), "mlp": ("plain", "gelu")}
-            fields["mlp"], fields["act"] = read.one_of("mlp", mlps)
-            fields["mlp_bias"] = (read.flag("mlp_bias", False) or fields["mlp"] == "plain", False)
-            gained = "rms_gain_shift" if read.flag("norm_bias", False) else "rms_gain"
-            fields["norm"] = read.one_of("normalization", {"rms": gained, None: "none"}, "rms")
-        else:
-            gates = {None: None, False: None, True: "relu", "relu": "relu", "silu": "silu", "gelu": "gelu"}
-            gate = read.one_of("gate", gates, None)
-            bilinear = read.flag("bilinear", True)
-            fields["mlp"] = ("bilinear" if gate is None else "gated") if bilinear else "plain"
-            fields["act"] = gate if bilinear else gate or "identity"
-            fields["mlp_bias"] = (read.flag("bias", False),) * 2
-            rms = "rms" if self.generation == "2025" else "rms_gain_shift"
-            fields["norm"] = rms if read.flag("normalization", True) else "none"
-        if self.generation == "2025":
-            scaled = read.flag("scale_attn", True)
-            fields["attn_scale"] = 1 / math.sqrt(2 * fields["n_layers"]) if scaled else 1.0
-            fields["attention"] = "bilinear" if read.flag("attention2", False) else "softmax"
-        elif read.size("n_vocab") != d_vocab:
-            raise CheckpointError(f"{path}: n_vocab is {read.size('n_vocab')}, but the embedding has {d_vocab} rows")
-        try:
-            return BilinearConfig(**fields, d_vocab=d_vocab)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
 
 
-SIZES = {"n_layers": "n_layer", "n_heads": "n_head", "n_ctx": "n_ctx", "d_model": "d_model", "d_hidden": "d_hidden"}
-READ = {*SIZES.values(), "n_vocab", "mlp", "normalization", "norm_bias", "mlp_bias", "bilinear", "gate", "bias"} | {
-    *("scale_attn", "attention2", "tokenizer", "vocab_size")
-}
-
-
-class _Keys:
-    """Typed access to a config, with errors that name the file and the key."""
-
-    def __init__(self, config: Mapping[str, Any], path: Path):
-        self.config, self.path = config, path
-
-    def size(self, key: str) -> int:
-        value = self.config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            got = repr(value) if key in self.config else "nothing"
-            raise CheckpointError(f"{self.path}: {key} must be a positive integer, got {got}")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        return self.one_of(key, {True: True, False: False}, default)
-
-    def one_of(self, key: str, allowed: Mapping[Any, Any], default: Any = ...) -> Any:
-        value = self.config.get(key, default)
-        for choice, meaning in allowed.items():
-            if value == choice and type(value) is type(choice):
-                return meaning
-        choices = ", ".join(repr(choice) for choice in allowed)
-        got = "nothing" if value is ... else repr(value)
-        raise CheckpointError(f"{self.path}: {key} must be one of {choices}, got {got}")
-
-
-def _build(config: dict[str, Any], tensors: dict[str, tuple[Tensor, Path]], config_file: Path) -> "BilinearTransformer":
+def _build(
+    layout: Layout, config: dict[str, Any], tensors: dict[str, tuple[Tensor, Path]], config_file: Path
+) -> "BilinearTransformer":
     """Build the model that the config describes and fill it with the tensors; both must agree entirely."""
     from .transformer import BilinearTransformer
 
-    layout = Layout.of_config(config)
-    embedding, path = _take("transformer.wte.weight", "[vocab, d_model]", tensors, config_file)
-    if embedding.ndim != 2:
-        raise CheckpointError(
-            f"{path}: tensor transformer.wte.weight must have shape [vocab, d_model], got {list(embedding.shape)}"
-        )
-    cfg = layout.shape(config, len(embedding), config_file)
+    stored = _Stored(tensors, config_file)
+    cfg = layout.shape(config, stored.vocabulary(layout.embedding), config_file)
     with torch.device("meta"):
         model = BilinearTransformer(cfg, source=config)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, parameter in model.state_dict().items():
-        published = layout.published(name)
-        state[name], path = _take(published, str(list(parameter.shape)), tensors, config_file)
-        if state[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: tensor {published} must have shape {list(parameter.shape)} by {config_file.name}, got "
-                f"{list(state[name].shape)}"
-            )
-    _refuse_leftovers(tensors, {layout.published(name) for name in state}, cfg, config_file)
+        if cfg.tied and name == "unembed.weight":
+            state[name] = _tied(stored, state["embed.weight"], layout.parts(name, len(parameter), cfg))
+            continue
+        parts = [
+            stored.take(part, [rows, *parameter.shape[1:]])
+            for part, rows in layout.parts(name, len(parameter), cfg).items()
+        ]
+        state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    _refuse_leftovers(stored, cfg)
     model.load_state_dict(state, assign=True)
-    model.ignored_keys = tuple(sorted(set(config) - READ - UNREAD))
+    if cfg.tied:  # one parameter again, not two that share their memory
+        model.unembed.weight = model.embed.weight
+    model.ignored_keys = tuple(sorted(set(config) - layout.known))
     return model
 
 
-def _take(name: str, shape: str, tensors: Mapping[str, tuple[Tensor, Path]], config_file: Path) -> tuple[Tensor, Path]:
-    """Return a tensor and its file, or raise because there is none of that name."""
-    if name in tensors:
-        return tensors[name]
-    looked = sorted({str(path) for _, path in tensors.values()}) or [str(config_file.parent)]
-    near = get_close_matches(name, tensors, n=1)
-    hint = f"; it has {near[0]}" if near else ""
-    raise CheckpointError(
-        f"{', '.join(looked)}: tensor {name} of shape {shape} is missing, though {config_file.name} asks for it{hint}"
-    )
+def _tied(stored: _Stored, embedding: Tensor, names: Iterable[str]) -> Tensor:
+    """Return the embedding; a stored copy of it must equal it."""
+    for name in names:
+        if name in stored.left and not torch.equal(stored.take(name, list(embedding.shape)), embedding):
+            raise CheckpointError(
+                f"{', '.join(stored.files)}: tensor {name} must equal the embedding, since {stored.config_file.name} "
+                f"ties them (tie_word_embeddings), but it differs"
+            )
+    return embedding
 
 
-def _refuse_leftovers(tensors: dict, used: set[str], cfg: "BilinearConfig", config_file: Path) -> None:
-    """Raise if the file holds tensors that the config does not account for; check rotary frequencies if stored."""
-    for name, (tensor, path) in tensors.items():
-        if name.endswith("rotary.inv_freq"):
-            expected = 10000 ** (-torch.arange(0, cfg.d_head, 2).float() / cfg.d_head)
-            if tensor.shape != expected.shape or not torch.allclose(tensor.float(), expected, rtol=0.01):
-                raise CheckpointError(
-                    f"{path}: tensor {name} must hold the {len(expected)} rotary frequencies 10000^(-2i/{cfg.d_head}) "
-                    f"that n_head={cfg.n_heads} in {config_file.name} asks for, got {list(tensor.shape)} starting "
-                    f"{tensor.flatten()[:3].tolist()}"
-                )
-        elif name not in used:
+def _refuse_leftovers(stored: _Stored, cfg: "BilinearConfig") -> None:
+    """Raise if there are tensors that the config does not account for; check rotary frequencies if stored."""
+    for name, (tensor, path) in stored.left.items():
+        if not name.endswith(("rotary.inv_freq", "rotary_emb.inv_freq")):
             raise CheckpointError(
                 f"{path}: tensor {name} of shape {list(tensor.shape)} has no place in the model that "
-                f"{config_file.name} describes ({cfg.n_layers} layers, mlp {cfg.mlp}, mlp_bias {cfg.mlp_bias}, "
-                f"norm {cfg.norm})"
+                f"{stored.config_file.name} describes ({cfg.n_layers} layers, mlp {cfg.mlp}, mlp_bias {cfg.mlp_bias}, "
+                f"attn_bias {cfg.attn_bias}, norm {cfg.norm})"
             )
+        expected = Rope(cfg.rope.base).frequencies(cfg.d_head, torch.float32)  # stored before any stretching
+        if tensor.shape != expected.shape or not torch.allclose(tensor.float(), expected, rtol=0.01):
+            raise CheckpointError(
+                f"{path}: tensor {name} must hold the {len(expected)} rotary frequencies "
+                f"{cfg.rope.base:g}^(-2i/{cfg.d_head}) that n_head={cfg.n_heads} in {stored.config_file.name} asks "
+                f"for, got {list(tensor.shape)} starting {tensor.flatten()[:3].tolist()}"
+            )
+
+
+def _state(model: "BilinearTransformer", layout: Layout, folder: Path) -> dict[str, Tensor]:
+    """Return the tensors to write, under the format's names."""
+    cfg, state = model.cfg, {}
+    for name, weight in model.state_dict().items():
+        if cfg.tied and name == "unembed.weight":
+            continue
+        parts = layout.parts(name, len(weight), cfg)
+        pieces = _finite(weight, name, folder).cpu().split(list(parts.values()))
+        # clones: a safetensors file cannot hold weights that share memory
+        copies = (piece.clone(memory_format=torch.contiguous_format) for piece in pieces)
+        state |= dict(zip(parts, copies, strict=True))
+    if isinstance(layout, Published):  # the authors' code refuses a file without them
+        frequencies = cfg.rope.frequencies(cfg.d_head, torch.float32)
+        state |= {f"transformer.h.{i}.attn.rotary.inv_freq": frequencies.clone() for i in range(cfg.n_layers)}
+    return state

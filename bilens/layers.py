@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from .rotary import Angles, rotate
 from .tensor import BilinearTensor
 
-Rotary = tuple[Float[Tensor, "batch seq half"], Float[Tensor, "batch seq half"]]
 # Keys are twice as wide as values in bilinear attention; more positions go out than came in.
 KeyValue = tuple[Float[Tensor, "batch _past head _width"], Float[Tensor, "batch _past head d_head"]]
 
@@ -31,6 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square, `x / sqrt(mean(x²) + eps)`, then optionally scale and shift.
+
+    The mean square of half precision is taken in float32, where it neither overflows nor swallows eps.
 
     Args:
         d_model: Width of the residual stream.
@@ -49,7 +51,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the root mean square, `hook_normalized` the ratio."""
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype))
         x = self.hook_normalized(x / scale)
         x = x if self.weight is None else x * self.weight
         return x if self.bias is None else x + self.bias
@@ -62,18 +65,39 @@ class Attention(nn.Module):
     `(q·k)(q2·k2) / d_head`, masked with zeros. The module's output carries the published attention scale, so it is
     exactly what is added to the residual stream.
 
+    With fewer key-value heads than heads (grouped queries, arXiv 2305.13245), neighbouring heads share one. As in
+    transformer_lens, `hook_k`, `hook_rot_k` and `hook_v` then see one row per key-value head, while `W_K` and `W_V`
+    repeat it for every head that reads it.
+
     Args:
         d_model: Width of the residual stream.
-        n_heads: Number of heads, each `d_model / n_heads` wide.
+        n_heads: Number of heads.
         scale: Factor on the output, `1/sqrt(2 n_layers)` in the published models.
         kind: `"softmax"` or `"bilinear"`.
+        d_head: Width of a head; `d_model / n_heads` if `None`.
+        n_key_value_heads: Number of key-value heads, a divisor of `n_heads`; as many if `None`.
+        bias: Whether queries, keys and values have a bias; whether the output has one.
     """
 
-    def __init__(self, d_model: int, n_heads: int, scale: float, kind: Literal["softmax", "bilinear"]):
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        scale: float,
+        kind: Literal["softmax", "bilinear"],
+        d_head: int | None = None,
+        n_key_value_heads: int | None = None,
+        bias: tuple[bool, bool] = (False, False),
+    ):
         super().__init__()
         self.n_heads, self.scale, self.kind = n_heads, scale, kind
-        self.qkv = nn.Linear(d_model, (3 if kind == "softmax" else 5) * d_model, bias=False)
-        self.o = nn.Linear(d_model, d_model, bias=False)
+        self.d_head = d_head or d_model // n_heads
+        shared = n_key_value_heads or n_heads
+        self.group = n_heads // shared  # heads that share a key-value head
+        counts = (n_heads, shared, shared) if kind == "softmax" else (n_heads,) * 5
+        self.widths = [count * self.d_head for count in counts]  # of q, k, v in `qkv`; bilinear q, k, q2, k2, v
+        self.qkv = nn.Linear(d_model, sum(self.widths), bias=bias[0])
+        self.o = nn.Linear(n_heads * self.d_head, d_model, bias=bias[1])
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
         if kind == "bilinear":
@@ -82,8 +106,15 @@ class Attention(nn.Module):
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     def _head_weights(self, part: int) -> Float[Tensor, "head d_model d_head"]:
-        weights = self.qkv.weight.chunk(3 if self.kind == "softmax" else 5)[part]
-        return rearrange(weights, "(head d_head) d_model -> head d_model d_head", head=self.n_heads)
+        weights = self.qkv.weight.split(self.widths)[part]
+        weights = rearrange(weights, "(head d_head) d_model -> head d_model d_head", d_head=self.d_head)
+        return weights if len(weights) == self.n_heads else weights.repeat_interleave(self.group, 0)
+
+    def _head_biases(self, part: int) -> Float[Tensor, "head d_head"]:
+        if self.qkv.bias is None:
+            return self.qkv.weight.new_zeros(self.n_heads, self.d_head)
+        biases = rearrange(self.qkv.bias.split(self.widths)[part], "(head d_head) -> head d_head", d_head=self.d_head)
+        return biases if len(biases) == self.n_heads else biases.repeat_interleave(self.group, 0)
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
@@ -92,39 +123,54 @@ class Attention(nn.Module):
 
     @property
     def W_K(self) -> Float[Tensor, "head d_model d_head"]:
-        """Key weights."""
+        """Key weights of each head."""
         return self._head_weights(1)
 
     @property
     def W_V(self) -> Float[Tensor, "head d_model d_head"]:
-        """Value weights."""
+        """Value weights of each head."""
         return self._head_weights(-1)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights, the attention scale included: `hook_z` times `W_O`, summed over heads, is the output."""
+        """Output weights, the attention scale included: `hook_z` times `W_O`, summed over heads, plus `b_O`."""
         return self.scale * rearrange(self.o.weight, "d_model (head d_head) -> head d_head d_model", head=self.n_heads)
 
     @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Query biases, zero if there are none."""
+        return self._head_biases(0)
+
+    @property
+    def b_K(self) -> Float[Tensor, "head d_head"]:
+        """Key biases of each head, zero if there are none."""
+        return self._head_biases(1)
+
+    @property
+    def b_V(self) -> Float[Tensor, "head d_head"]:
+        """Value biases of each head, zero if there are none."""
+        return self._head_biases(-1)
+
+    @property
     def b_O(self) -> Float[Tensor, " d_model"]:
-        """Output bias: zero, no published model has one."""
-        return self.o.weight.new_zeros(self.o.out_features)
+        """Output bias, the attention scale included; zero if there is none."""
+        return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.scale * self.o.bias
 
     def forward(
         self,
         x: Float[Tensor, "batch seq d_model"],
-        rotary: Rotary,
+        rotary: Angles,
         mask: Bool[Tensor, "batch seq keys"] | None = None,
         past: KeyValue | None = None,
     ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue]:
         """Attend from each position of `x` to the positions `mask` allows (`None`: itself and those before it).
 
-        `past` holds the keys and values of earlier positions. Returns the output and the keys and values of all
-        positions so far. Bilinear attention keeps its second keys beside the first, along the last axis.
+        `past` holds the keys and values of earlier positions, per key-value head. Returns the output and the keys and
+        values of all positions so far. Bilinear attention keeps its second keys beside the first, along the last axis.
         """
         heads = [
-            rearrange(part, "batch seq (head d_head) -> batch seq head d_head", head=self.n_heads)
-            for part in self.qkv(x).chunk(3 if self.kind == "softmax" else 5, dim=-1)
+            rearrange(part, "batch seq (head d_head) -> batch seq head d_head", d_head=self.d_head)
+            for part in self.qkv(x).split(self.widths, dim=-1)
         ]
         q, k = (
             self.hook_rot_q(rotate(self.hook_q(heads[0]), rotary)),
@@ -137,8 +183,11 @@ class Attention(nn.Module):
         v = self.hook_v(heads[-1])
         if past is not None:
             k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        past = k, v
+        if self.group > 1:
+            k, v = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2)
         z = self.hook_z(self._mix(q, k, v, mask))
-        return self._project(z), (k, v)
+        return self._project(z), past
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Average (or sum) the values by the pattern; fused unless the scores or the pattern are looked at."""
@@ -165,34 +214,13 @@ class Attention(nn.Module):
         """Write the heads to the residual stream; head by head when `hook_result` is looked at."""
         if self.hook_result.has_hooks():
             result = einsum(z, self.W_O, "batch seq head d_head, head d_head d_model -> batch seq head d_model")
-            return self.hook_result(result).sum(2)
+            return self.hook_result(result).sum(2) + self.b_O
         out = self.o(rearrange(z, "batch seq head d_head -> batch seq (head d_head)"))
         return out if self.scale == 1 else out * self.scale
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:
     return einsum(q, k, "batch seq head d_head, batch keys head d_head -> batch head seq keys")
-
-
-def rotate(x: Float[Tensor, "batch seq head d_head"], rotary: Rotary) -> Float[Tensor, "batch seq head d_head"]:
-    """Rotate each pair `(x_i, x_{i + d_head/2})` by the angle of its position (rotary embedding, half-split layout)."""
-    cos, sin = (part[:, :, None] for part in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
-
-
-def rotary_angles(positions: Tensor, d_head: int, dtype: torch.dtype) -> Rotary:
-    """Return cosines and sines of `position · 10000^(-2i/d_head)`, at least in float32.
-
-    Args:
-        positions: Integer positions, `[batch, seq]`.
-        d_head: Width of a head; half as many angles.
-        dtype: The activations' dtype.
-    """
-    dtype = torch.promote_types(dtype, torch.float32)
-    frequencies = 10000 ** (-torch.arange(0, d_head, 2, device=positions.device, dtype=dtype) / d_head)
-    angles = positions[..., None].to(dtype) * frequencies
-    return angles.cos(), angles.sin()
 
 
 class MLP(nn.Module):
@@ -305,7 +333,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq d_model"],
-        rotary: Rotary,
+        rotary: Angles,
         mask: Bool[Tensor, "batch seq keys"] | None = None,
         past: KeyValue | None = None,
     ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from .layers import MLP, Attention, Block, KeyValue, RMSNorm, rotary_angles
+from .layers import MLP, Attention, Block, KeyValue, RMSNorm
+from .rotary import Rope
 
 Text = str | Sequence[str]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -36,14 +37,33 @@ class BilinearConfig:
     norm: Literal["rms", "rms_gain", "rms_gain_shift", "none"] = "rms"
     attention: Literal["softmax", "bilinear"] = "softmax"
     attn_scale: float = 1.0  # factor on each attention output: 1/sqrt(2 n_layers) in the published models
-
-    eps = 1e-8  # of every norm in every published model
+    eps: float = 1e-8  # of every norm; that of the published bilinear models
+    # What Llama-family models have besides.
+    n_key_value_heads: int | None = None  # keys and values that groups of heads share; None: each has its own
+    head_dim: int | None = None  # width of a head where it is not d_model / n_heads
+    attn_bias: tuple[bool, bool] = (False, False)  # on queries, keys and values; on the output
+    window: int | None = None  # how many positions each attends to, itself included; None: all before it
+    rope: Rope = field(default_factory=Rope)
+    tied: bool = False  # whether the unembedding is the embedding
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "d_hidden", "n_heads", "n_ctx", "d_vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+        for name in ("n_key_value_heads", "window"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
+        if self.head_dim is not None and (self.head_dim < 1 or self.head_dim % 2):
+            raise ValueError(f"head_dim must be even (rotary embedding rotates pairs), got {self.head_dim}")
+        if self.n_heads % (self.n_key_value_heads or 1):
+            raise ValueError(
+                f"n_key_value_heads must divide n_heads={self.n_heads}, got n_key_value_heads={self.n_key_value_heads}"
+            )
+        if self.attention == "bilinear" and self.n_key_value_heads not in (None, self.n_heads):
+            raise ValueError(
+                f"n_key_value_heads must be None for bilinear attention, got n_key_value_heads={self.n_key_value_heads}"
+            )
+        if self.head_dim is None and (self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2):
             raise ValueError(
                 f"d_model must be an even multiple of n_heads (rotary embedding rotates pairs), "
                 f"got d_model={self.d_model}, n_heads={self.n_heads}"
@@ -56,7 +76,7 @@ class BilinearConfig:
     @property
     def d_head(self) -> int:
         """Width of one attention head."""
-        return self.d_model // self.n_heads
+        return self.head_dim or self.d_model // self.n_heads
 
     # What transformer_lens' ActivationCache asks of a config.
     d_mlp = property(lambda self: self.d_hidden)
@@ -100,12 +120,21 @@ class BilinearTransformer(HookedRootModule):
         super().__init__()
         self.cfg, self.tokenizer, self.source = cfg, tokenizer, dict(source or {})
         self.ignored_keys: tuple[str, ...] = ()  # keys of `source` without meaning here
+        self.has_bos = True  # False for models trained without BOS, whose texts then start without (Qwen)
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(
             Block(
                 _norm(cfg),
-                Attention(cfg.d_model, cfg.n_heads, cfg.attn_scale, cfg.attention),
+                Attention(
+                    cfg.d_model,
+                    cfg.n_heads,
+                    cfg.attn_scale,
+                    cfg.attention,
+                    cfg.d_head,
+                    cfg.n_key_value_heads,
+                    cfg.attn_bias,
+                ),
                 _norm(cfg),
                 MLP(cfg.d_model, cfg.d_hidden, cfg.mlp, cfg.act, *cfg.mlp_bias),
             )
@@ -113,6 +142,8 @@ class BilinearTransformer(HookedRootModule):
         )
         self.ln_final = _norm(cfg)
         self.unembed = Unembed(cfg.d_model, cfg.d_vocab, bias=False)
+        if cfg.tied:
+            self.unembed.weight = self.embed.weight
         self.setup()
 
     def forward(
@@ -210,12 +241,15 @@ class BilinearTransformer(HookedRootModule):
         attend = None
         if mask is not None:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        if mask is not None or new != keys:
+        window = self.cfg.window
+        cut = window is not None and keys > window
+        if mask is not None or new != keys or cut:
             index = torch.arange(keys, device=device)
-            attend = (index[None, :] <= index[keys - new :, None]).expand(batch, new, keys)
+            back = index[keys - new :, None] - index[None, :]
+            attend = ((back >= 0) & (back < window) if cut else back >= 0).expand(batch, new, keys)
             if mask is not None:  # padding sees itself, so that no row of the softmax is empty
                 attend = attend & (mask[:, None, :] | (index[None, :] == index[keys - new :, None]))
-        return rotary_angles(positions[:, keys - new :], self.cfg.d_head, dtype), attend
+        return self.cfg.rope.angles(positions[:, keys - new :], self.cfg.d_head, dtype), attend
 
     # -- hooks and cache ----------------------------------------------------------------------------------------------
 
@@ -293,12 +327,14 @@ class BilinearTransformer(HookedRootModule):
 
         axes = {name: getattr(self.cfg, name) for name in ("d_model", "d_head")}
         axes |= {"head": self.cfg.n_heads, "hidden": self.cfg.d_hidden}
+        shared = axes | {"head": self.cfg.n_key_value_heads or self.cfg.n_heads}
         table = Table(box=box.SIMPLE, title=f"hook points; i = 0..{self.cfg.n_layers - 1}")
         for column in ("hook point", "shape", "meaning"):
             table.add_column(column, overflow="fold")
         for name, (shape, meaning) in HOOK_MEANINGS.items():
             if name in self.hook_dict or f"blocks.0.{name}" in self.hook_dict:
-                sized = [f"{axis}={axes[axis]}" if axis in axes else axis for axis in shape.split()]
+                sizes = shared if name in KEY_VALUE_HOOKS else axes
+                sized = [f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in shape.split()]
                 table.add_row(name if name in self.hook_dict else f"blocks.{{i}}.{name}", ", ".join(sized), meaning)
         Console(width=120).print(table)
 
@@ -307,12 +343,12 @@ class BilinearTransformer(HookedRootModule):
     @property
     def bos_id(self) -> int:
         """Id of the token that starts every text."""
-        return self._special_id("BOS", ("[BOS]", "<s>", "<bos>", "<|endoftext|>", "[CLS]"))
+        return self._special_id("BOS", ("[BOS]", "<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "[CLS]"))
 
     @property
     def eos_id(self) -> int:
         """Id of the token that ends a text; also used for padding, as in the published models."""
-        return self._special_id("EOS", ("[EOS]", "</s>", "<eos>", "<|endoftext|>", "[SEP]"))
+        return self._special_id("EOS", ("[EOS]", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"))
 
     def _special_id(self, role: str, names: Sequence[str]) -> int:
         for name in names:
@@ -340,7 +376,9 @@ class BilinearTransformer(HookedRootModule):
         rows = []
         for index, one in enumerate(texts):
             row = self._tokenizer.encode(one, add_special_tokens=False).ids
-            if prepend_bos and row[:1] != [self.bos_id]:  # a text that spells BOS out does not get a second one
+            if (
+                prepend_bos and self.has_bos and row[:1] != [self.bos_id]
+            ):  # a text that spells BOS out does not get a second one
                 row = [self.bos_id, *row]
             if len(row) > self.cfg.n_ctx and not truncate:
                 raise ValueError(
@@ -350,7 +388,8 @@ class BilinearTransformer(HookedRootModule):
             rows.append(row[: self.cfg.n_ctx])
         length = max(map(len, rows))
         if length == 0:
-            raise ValueError("input is empty text and prepend_bos is False, so there is no token to run on")
+            missing = "prepend_bos is False" if self.has_bos else "the model has no BOS"
+            raise ValueError(f"input is empty text and {missing}, so there is no token to run on")
         ids = torch.full((len(rows), length), self.eos_id)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
         for index, row in enumerate(rows):
@@ -365,7 +404,8 @@ class BilinearTransformer(HookedRootModule):
 
         Args:
             input: A text or a list of texts. Characters that the tokenizer does not know become its `[UNK]`.
-            prepend_bos: Whether to start with BOS. A text that begins with a spelt-out BOS gets no second one.
+            prepend_bos: Whether to start with BOS. A text that begins with a spelt-out BOS gets no second one, and
+                none gets one from a model trained without (`has_bos`).
             padding_side: `"right"` or `"left"`.
             truncate: Keep the first `n_ctx` tokens of a longer text rather than raise.
 
@@ -400,7 +440,7 @@ class BilinearTransformer(HookedRootModule):
             ValueError: It is more than one token, or none that the tokenizer knows.
         """
         tokens = self._tokenizer.encode(string, add_special_tokens=False).ids
-        if len(tokens) != 1 or self._tokenizer.id_to_token(tokens[0]) == "[UNK]":
+        if len(tokens) != 1 or self._tokenizer.id_to_token(tokens[0]) in ("[UNK]", "<unk>"):
             pieces = [self._tokenizer.id_to_token(token) for token in tokens]
             raise ValueError(f"{string!r} is not a single token: the tokenizer makes it {pieces}")
         return tokens[0]
@@ -416,8 +456,12 @@ class BilinearTransformer(HookedRootModule):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Return the sum of the output biases of the MLPs before `layer`; attention has none."""
-        biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
+        """Return the sum of the output biases before `layer`; with `mlp_input`, before that layer's MLP.
+
+        The biases of attention always, those of the MLPs with `include_mlp_biases`.
+        """
+        biases = [block.attn.b_O for block in self.blocks[: layer + 1 if mlp_input else layer]]
+        biases += [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
         return sum(biases, self.W_E.new_zeros(self.cfg.d_model))
 
     @torch.no_grad()
@@ -552,7 +596,7 @@ class _Stepper:
         rotary, attend = model._geometry(padding, batch, keys, x.dtype)
         for block in model.blocks[self.first_hooked :]:
             x, _ = block(x, rotary, attend)
-        return model.unembed(model.ln_final(x))[:, -1]
+        return model.unembed(model.ln_final(x)[:, -1])
 
 
 def _first_hooked_layer(model: BilinearTransformer) -> int:
@@ -595,6 +639,7 @@ def _norm(cfg: BilinearConfig) -> nn.Module:
     return RMSNorm(cfg.d_model, cfg.eps, gain="gain" in cfg.norm, shift="shift" in cfg.norm)
 
 
+KEY_VALUE_HOOKS = ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")  # their heads are key-value heads
 # Shape and meaning of each hook point, by its name within the block.
 HOOK_MEANINGS = {
     "hook_embed": ("batch seq d_model", "token embeddings, the start of the residual stream"),

@@ -13,8 +13,8 @@ PACKAGE = Path(bilens.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
     *("tensor", "decompositions", "spectra", "factorizations", "interactions", "comparison", "polynomials"),
-    *("formats", "layers", "transformer", "llama", "checkpoints", "saes", "attribution", "paths", "modifiers"),
-    *("cards", "circuits", "motifs", "interventions", "couplings"),
+    *("rotary", "layers", "transformer", "formats", "llama", "checkpoints", "saes", "attribution", "paths"),
+    *("modifiers", "cards", "circuits", "motifs", "interventions", "couplings"),
     *("toys", "imagesets", "classifiers", "images", "adversarial", "annealing"),
     *("plots", "report", "__init__", "__main__"),
 ]

@@ -1,0 +1,540 @@
+"""Llama-family checkpoints: equal to transformers' own classes, round trips, grouped heads in every tool, refusals."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import bilens
+from bilens.llama import read_rope, write_rope
+from bilens.rotary import Rope
+from bilens.transformer import KEY_VALUE_HOOKS, BilinearConfig, BilinearTransformer
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES = {  # model_type and what differs from SMALL
+    "llama": ("llama", {}),
+    "tinyllama": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
+    "llama3": (
+        "llama",
+        {"num_key_value_heads": 1, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA3}},
+    ),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
+        | {"original_max_position_embeddings": 32},
+    ),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu"}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
+    "mistral without window": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2 with window": (
+        "qwen2",
+        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    ),
+    "bilinear": ("llama", {"num_key_value_heads": 2, "hidden_act": "linear"}),
+}
+UP = "model.layers.1.mlp.up_proj.weight"  # [48, 32]
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """Build `originals(name)`: transformers' own model with random weights, and a folder it was saved to."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            kind, changes = FAMILIES[name]
+            config = transformers.AutoConfig.for_model(kind, **{**SMALL, **changes})
+            original = transformers.AutoModelForCausalLM.from_config(config).eval()
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():  # every weight random, those of norms and biases too
+                for parameter in original.parameters():
+                    spread = 0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(spread * noise + (parameter.ndim == 1))
+            folder = tmp_path_factory.mktemp("originals") / name
+            original.save_pretrained(folder)
+            made[name] = original, folder
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    """A folder to break, with a small grouped-query Llama."""
+    originals("tinyllama")[0].save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(SMALL["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def edit_config(folder, *gone, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in gone}))
+
+
+def edit_tensors(folder, name, weight):
+    tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()} | {name: weight}
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
+
+
+def refusal(folder, error=bilens.CheckpointError):
+    with pytest.raises(error) as caught:
+        bilens.load(folder)
+    return str(caught.value)
+
+
+def assert_same(model, other):
+    assert other.cfg == model.cfg
+    state, other_state = model.state_dict(), other.state_dict()
+    assert other_state.keys() == state.keys()
+    assert all(torch.equal(weight, other_state[name]) for name, weight in state.items())
+
+
+# -- what transformers computes ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(originals, family, ids):
+    original, folder = originals(family)
+    model = bilens.load(folder)
+    assert model.ignored_keys == ()
+    assert (model(ids) - original(ids).logits).abs().max() <= 1e-5
+    assert model.cfg.mlp == ("bilinear" if family == "bilinear" else "gated")
+
+
+@torch.no_grad()
+def test_padded_rows_are_those_of_transformers(originals, family, ids):
+    original, folder = originals(family)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = original(ids, attention_mask=mask, position_ids=positions).logits
+    got = bilens.load(folder)(ids, attention_mask=mask)
+    assert (got - expected)[mask.bool()].abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_greedy_generation_is_that_of_transformers(originals, family, ids):
+    original, folder = originals(family)
+    model = bilens.load(folder)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = original.generate(ids, max_new_tokens=20, **options)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, temperature=0), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, temperature=0, use_past_kv_cache=False), expected)
+
+
+def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(originals, family):
+    original, folder = originals(family)
+    cfg = bilens.load(folder).cfg
+    own = original.model.rotary_emb
+    frequencies = cfg.rope.frequencies(cfg.d_head, torch.float32)
+    if cfg.rope.kind == "yarn":  # blended in another order
+        torch.testing.assert_close(frequencies, own.inv_freq, rtol=3e-7, atol=0)
+    else:
+        assert torch.equal(frequencies, own.inv_freq)
+    assert cfg.rope.gain == pytest.approx(own.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "stretch",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 32.0, **LLAMA3},
+        {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "original_max_position_embeddings": 4},
+        {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8, "truncate": False},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7, "beta_fast": 20.0, "beta_slow": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.2},
+    ],
+    ids=str,
+)
+def test_stretched_frequencies_are_those_of_transformers(folder, stretch):
+    edit_config(folder, "rope_parameters", head_dim=64, hidden_size=256, rope_theta=2e4, rope_scaling=stretch)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    own = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    rope = read_rope(json.loads((folder / "config.json").read_text()), 128, folder / "config.json")
+    torch.testing.assert_close(rope.frequencies(64, torch.float32), own.inv_freq, rtol=3e-7, atol=0)
+    assert rope.gain == pytest.approx(own.attention_scaling, rel=1e-12)
+    assert read_rope({"rope_scaling": write_rope(rope), "rope_theta": 2e4}, 128, folder) == rope
+
+
+def test_older_spelling_of_the_rotary_keys_means_the_same(folder):
+    model = bilens.load(folder)
+    edit_config(folder, "rope_parameters", rope_theta=10000, rope_scaling=None)
+    assert_same(model, bilens.load(folder))
+    edit_config(folder, rope_scaling={"type": "linear", "factor": 2})
+    assert bilens.load(folder).cfg.rope == Rope(10000.0, "linear", 2.0)
+
+
+@torch.no_grad()
+def test_gate_is_the_left_factor_and_up_the_right_one(originals, ids):
+    original, folder = originals("tinyllama")
+    model = bilens.load(folder)
+    _, cache = model.run_with_cache(ids)
+    x, mlp = cache["blocks.1.hook_mlp_in"], original.model.layers[1].mlp
+    assert (cache["blocks.1.mlp.hook_pre"] - mlp.gate_proj(x)).abs().max() <= 1e-5
+    assert (cache["blocks.1.mlp.hook_pre_linear"] - mlp.up_proj(x)).abs().max() <= 1e-5
+    with pytest.raises(TypeError, match="this one is gated with activation 'silu'"):
+        model.blocks[1].mlp.tensor()
+
+
+@torch.no_grad()
+def test_norm_squares_half_precision_in_float32():
+    norm = bilens.layers.RMSNorm(4, 1e-8, gain=True).half()
+    x = torch.tensor([[1000.0, -1000.0, 1000.0, 1000.0]]).half()  # squares overflow, and 1e-8 is zero in float16
+    assert torch.equal(norm(x), x.sign())
+    assert torch.equal(norm(0 * x), 0 * x)
+
+
+# -- round trips ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_round_trip_is_bit_identical_here_and_in_transformers(originals, family, ids, tmp_path):
+    original, folder = originals(family)
+    model = bilens.load(folder)
+    bilens.save(model, tmp_path)
+    assert_same(model, bilens.load(tmp_path))
+    stored, written = (load_file(at / "model.safetensors") for at in (folder, tmp_path))
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(weight, written[name]) for name, weight in stored.items())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(original)
+    assert torch.equal(again(ids).logits, original(ids).logits)
+
+
+def test_shards_load_like_a_whole_file(originals, family, tmp_path):
+    original, folder = originals(family)
+    original.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+    assert_same(bilens.load(folder), bilens.load(tmp_path))
+
+
+def linear(model):
+    """Return a copy whose gate is gone: left and right are multiplied as they are."""
+    cfg = dataclasses.replace(model.cfg, mlp="bilinear", act=None)
+    other = BilinearTransformer(cfg, model.tokenizer, model.source)
+    other.to(model.W_E.dtype).load_state_dict(model.state_dict())
+    return other.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["tinyllama", "llama3", "biases", "mistral", "qwen2"])
+def test_bilinear_mlp_is_written_in_the_layout_it_came_from(originals, name, ids, tmp_path):
+    original, folder = originals(name)
+    model = linear(bilens.load(folder))
+    bilens.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_act"] == "linear"
+    assert_same(model, bilens.load(tmp_path))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(original)
+    assert (loaded(ids).logits - model(ids)).abs().max() <= 1e-5
+    assert (original(ids).logits - model(ids)).abs().max() > 0.1
+    _, cache = model.run_with_cache(ids)
+    applied = model.blocks[1].mlp.tensor().apply(cache["blocks.1.hook_mlp_in"])
+    assert (applied - cache["blocks.1.hook_mlp_out"]).abs().max() <= 1e-5
+
+
+def test_new_model_that_only_llama_can_express_is_written_as_llama(tmp_path):
+    cfg = BilinearConfig(2, 16, 24, 2, 32, 40, norm="rms_gain", n_key_value_heads=1, rope=Rope(1e4, "default"))
+    model = BilinearTransformer(cfg)
+    bilens.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+    assert_same(model, bilens.load(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"norm": "rms"}, {"mlp": "plain"}, {"attn_scale": 0.5}, {"rope": Rope()}], ids=str)
+def test_what_llama_cannot_express_is_not_written(originals, changes, tmp_path):
+    model = bilens.load(originals("llama")[1])
+    other = BilinearTransformer(dataclasses.replace(model.cfg, **changes), source=model.source)
+    with pytest.raises(ValueError, match="no published format can express this model"):
+        bilens.save(other, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tied_embedding_is_one_parameter(originals, tmp_path):
+    model = bilens.load(originals("qwen2")[1])
+    for one in (model, copy.deepcopy(model), BilinearTransformer(model.cfg), copy.copy(model).to(torch.float64)):
+        assert one.unembed.weight is one.embed.weight
+    bilens.save(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_stored_copy_of_a_tied_embedding_must_equal_it(originals, tmp_path):
+    original, _ = originals("qwen2")
+    original.save_pretrained(tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(tmp_path, "lm_head.weight", embedding.clone())
+    assert bilens.load(tmp_path).cfg.tied
+    edit_tensors(tmp_path, "lm_head.weight", embedding + 1)
+    assert "tensor lm_head.weight must equal the embedding, since config.json ties them" in refusal(tmp_path)
+
+
+# -- grouped heads, biases and windows under the tools ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral", "qwen2"])
+def test_weights_per_head_read_what_the_hooks_show(originals, name, ids):
+    model = bilens.load(originals(name)[1], dtype=torch.float64)
+    cfg, block = model.cfg, model.blocks[1]
+    _, cache = model.run_with_cache(ids)
+    x, attn = block.ln1(cache["blocks.1.hook_resid_pre"]), block.attn
+    for part in "qkv":
+        W, b = getattr(attn, f"W_{part.upper()}"), getattr(attn, f"b_{part.upper()}")
+        assert W.shape == (cfg.n_heads, cfg.d_model, cfg.d_head)
+        assert torch.equal(W, getattr(model, f"W_{part.upper()}")[1])
+        shown = cache[f"blocks.1.attn.hook_{part}"]
+        per_head = shown if part == "q" else shown.repeat_interleave(cfg.n_heads // shown.shape[2], 2)
+        torch.testing.assert_close(per_head, torch.einsum("bsm,hme->bshe", x, W) + b)
+    for hook in KEY_VALUE_HOOKS:
+        assert cache[f"blocks.1.{hook}"].shape == (*ids.shape, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+    written = torch.einsum("bqhe,hem->bqhm", cache["blocks.1.attn.hook_z"], attn.W_O)
+    torch.testing.assert_close(cache["blocks.1.attn.hook_result"], written)
+    torch.testing.assert_close(written.sum(2) + attn.b_O, cache["blocks.1.hook_attn_out"])
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral", "qwen2"])
+def test_looking_at_heads_changes_nothing(originals, name, ids):
+    model = bilens.load(originals(name)[1], dtype=torch.float64)
+    logits, cache = model.run_with_cache(ids)
+    torch.testing.assert_close(logits, model(ids))
+    pattern = cache["blocks.2.attn.hook_pattern"]
+    torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]))
+    query, key = torch.arange(40)[:, None], torch.arange(40)[None, :]
+    seen = (key <= query) & (key > query - (model.cfg.window or 40))
+    assert (pattern[:, :, ~seen] == 0).all()
+    assert (pattern[:, :, seen] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral", "qwen2"])
+def test_cache_decomposes_the_residual_stream(originals, name, ids):
+    model = bilens.load(originals(name)[1], dtype=torch.float64)
+    _, cache = model.run_with_cache(ids)
+    last = cache["blocks.2.hook_resid_post"]
+    torch.testing.assert_close(cache.decompose_resid().sum(0), last)
+    mlps = sum(cache[f"blocks.{layer}.hook_mlp_out"] for layer in range(3))
+    heads = cache.stack_head_results().sum(0) + model.accumulated_bias(3, include_mlp_biases=False)
+    torch.testing.assert_close(cache["hook_embed"] + heads + mlps, last)
+    parts = cache.get_full_resid_decomposition(mlp_input=False, expand_neurons=False)
+    torch.testing.assert_close(parts.sum(0), last)
+    with_mid = model.accumulated_bias(1, mlp_input=True) - model.accumulated_bias(1)
+    torch.testing.assert_close(with_mid, model.blocks[1].attn.b_O)
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral"])
+def test_generation_with_a_cache_is_that_without_also_under_interventions(originals, name, ids):
+    model = bilens.load(originals(name)[1], dtype=torch.float64)
+    shift = torch.randn(model.cfg.d_head, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    hooks = [("blocks.1.attn.hook_v", lambda v, hook: v + shift)]
+    runs = [model.generate(ids, 12, temperature=0, fwd_hooks=hooks, use_past_kv_cache=use) for use in (True, False)]
+    assert torch.equal(*runs)
+    assert not torch.equal(runs[0], model.generate(ids, 12, temperature=0))
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral", "qwen2"])
+def test_attribution_through_heads_sums_to_what_the_model_computes(originals, name, ids):
+    model = linear(bilens.load(originals(name)[1], dtype=torch.float64))
+    _, cache = model.run_with_cache(ids[:1])
+    came = bilens.attribution.sources(model, ids[0], 2)
+    assert ("attention biases" in came.names) == model.cfg.attn_bias[1]
+    torch.testing.assert_close(came.values.sum(1), cache["blocks.2.hook_resid_mid"][0])
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    split = bilens.attribution.attribute_sources(model, ids[0], 2, direction=direction)
+    torch.testing.assert_close(split.table.sum((1, 2)), cache["blocks.2.hook_mlp_out"][0] @ direction)
+
+
+def test_hook_table_shows_the_heads_that_share_keys(originals, capsys):
+    bilens.load(originals("tinyllama")[1]).hook_table()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "hook_" in line}
+    assert "head=4" in lines["blocks.{i}.attn.hook_q"]
+    assert all("head=2" in lines[f"blocks.{{i}}.{hook}"] for hook in KEY_VALUE_HOOKS)
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+SPECIAL = {
+    "llama": ("<s>", "</s>"),
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>"),
+    "qwen": ("<|endoftext|>", "<|endoftext|>"),
+}
+
+
+def tokenizer_of(kind):
+    """A word-level tokenizer that starts a text as that family's does."""
+    start, end = SPECIAL[kind]
+    words = dict.fromkeys(["<unk>", start, end, "a", "the", "cat", "sat"])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([start, end])
+    if kind == "qwen":
+        tokenizer.post_processor = processors.ByteLevel()
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_texts_start_as_the_tokenizer_itself_starts_them(folder, tmp_path, kind):
+    tokenizer = tokenizer_of(kind)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = bilens.load(folder)
+    assert model.to_tokens("the cat sat")[0].tolist() == tokenizer.encode("the cat sat").ids
+    assert model.has_bos == (kind != "qwen")
+    assert len(model.to_tokens("the cat sat", prepend_bos=False)[0]) == 3
+    padded = model.to_tokens(["the cat sat", "the"])
+    assert (
+        padded[1, -1]
+        == model.eos_id
+        == tokenizer.token_to_id({"llama": "</s>", "llama3": "<|end_of_text|>"}.get(kind, "<|endoftext|>"))
+    )
+    bilens.save(model, tmp_path / "again")
+    assert bilens.load(tmp_path / "again").has_bos == model.has_bos
+    if kind == "qwen":
+        with pytest.raises(ValueError, match="input is empty text and the model has no BOS"):
+            model.to_tokens("")
+
+
+def test_tokenizer_with_an_id_beyond_the_embedding_is_refused(folder):
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "cat": 61}  # few tokens, but one is beyond
+    Tokenizer(models.WordLevel(vocab, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    assert f"tokenizer of {folder} has 62 tokens, the embedding only 61 rows" in refusal(folder)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"model_type": "qwen3"},
+            ["model_type must be one of 'llama', 'mistral', 'qwen2'", "'qwen3': its queries and"],
+        ),
+        ({"model_type": "mixtral"}, ["got 'mixtral': it is a mixture of experts"]),
+        ({"model_type": "gpt_neox"}, ["got 'gpt_neox': its attention and MLP run in parallel"]),
+        ({"model_type": "marvellous"}, ["model_type must be one of", "got 'marvellous'"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config must be absent, since quantised weights", "4"]),
+        ({"num_local_experts": 8}, ["num_local_experts must be absent, since a mixture of experts", "got 8"]),
+        ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "soft-capped attention scores", "got 50.0"]),
+        ({"use_qk_norm": True}, ["use_qk_norm must be absent, since normalised queries and keys"]),
+        ({"parallel_attn": True}, ["parallel_attn must be absent, since parallel blocks"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor must be 1", "got 0.5"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type must be one of", "got 'dynamic'"]),
+        ({"rope_scaling": {"type": "longrope"}}, ["type must be one of 'default', 'linear', 'llama3', 'yarn'"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor must be a positive number, got nothing"]),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, ["factor must be a positive number, got -1"]),
+        ({"rope_scaling": {"type": "yarn", "beta_slow": 40}}, ["kind 'yarn'", "increasing", "(40.0, 32.0)"]),
+        ({"rope_scaling": "linear"}, ["must be objects, got 'linear'"]),
+        ({"hidden_act": "relu2"}, ["hidden_act must be one of 'silu'", "got 'relu2'"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps must be a positive number, got 0"]),
+        ({"num_key_value_heads": 3}, ["n_key_value_heads must divide n_heads=4, got n_key_value_heads=3"]),
+        ({"num_key_value_heads": 4}, ["k_proj.weight must have shape [32, 32] by config.json, got [16, 32]"]),
+        ({"head_dim": 7}, ["head_dim must be even", "got 7"]),
+        ({"vocab_size": 60}, ["vocab_size is 60, but the embedding has 61 rows"]),
+        ({"tie_word_embeddings": True}, ["lm_head.weight must equal the embedding"]),
+        ({"attention_bias": True}, ["self_attn.q_proj.bias of shape [32] is missing"]),
+        ({"num_hidden_layers": 2}, ["model.layers.2", "no place", "2 layers"]),
+        ({"num_hidden_layers": "3"}, ["num_hidden_layers must be a positive integer, got '3'"]),
+    ],
+    ids=str,
+)
+def test_config_that_cannot_be_represented_or_contradicts_the_tensors_is_refused(folder, changes, says):
+    gone = ["rope_parameters"] if "rope_scaling" in changes else []
+    edit_config(folder, *gone, **changes)
+    message = refusal(folder)
+    assert all(part in message for part in (str(folder), *says)), message
+
+
+def test_window_in_some_layers_only_is_refused(originals, tmp_path):
+    originals("qwen2 with window")[0].save_pretrained(tmp_path)
+    edit_config(tmp_path, "layer_types", max_window_layers=2)
+    assert "layer_types (or max_window_layers) must make all layers alike" in refusal(tmp_path)
+
+
+def test_config_is_refused_before_any_tensor_is_read(folder):
+    (folder / "model.safetensors").write_bytes(b"not read")
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    assert "quantised weights cannot be represented" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "says"),
+    [
+        (UP, None, ["[48, 32]", "is missing", "it has model.layers."]),
+        (UP, torch.zeros(32, 48), ["must have shape [48, 32]", "got [32, 48]"]),
+        ("lm_head.weight", None, ["[61, 32]", "is missing"]),
+        ("model.layers.0.self_attn.q_norm.weight", torch.ones(8), ["[8]", "no place"]),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4), ["10000^(-2i/8)", "[1.0, 1.0, 1.0]"]),
+    ],
+)
+def test_broken_tensors_are_refused(folder, name, weight, says):
+    edit_tensors(folder, name, weight)
+    message = refusal(folder)
+    assert all(part in message for part in (str(folder / "model.safetensors"), name, *says)), message
+
+
+def test_stored_rotary_frequencies_are_accepted(folder):
+    model = bilens.load(folder)
+    edit_tensors(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", 10000 ** (-torch.arange(0, 8, 2) / 8))
+    assert_same(model, bilens.load(folder))
+
+
+def test_all_missing_shards_are_named(originals, tmp_path):
+    originals("llama")[0].save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    for shard in shards[1:3]:
+        shard.unlink()
+    assert refusal(tmp_path, FileNotFoundError) == (
+        f"{tmp_path} has no {shards[1].name}, {shards[2].name}, though model.safetensors.index.json names "
+        f"{len(shards)} files"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_key_value_heads": 3}, "n_key_value_heads must divide n_heads=4, got n_key_value_heads=3"),
+        ({"n_key_value_heads": 0}, "n_key_value_heads must be at least 1 or None, got 0"),
+        ({"window": 0}, "window must be at least 1 or None, got 0"),
+        ({"head_dim": 5}, "head_dim must be even (rotary embedding rotates pairs), got 5"),
+        ({"attention": "bilinear", "n_key_value_heads": 2}, "must be None for bilinear attention"),
+    ],
+)
+def test_shapes_that_make_no_sense_are_refused(changes, says):
+    with pytest.raises(ValueError, match=r"got|must") as caught:
+        BilinearConfig(2, 32, 24, 4, 32, 40, **changes)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"base": 0.0}, {"kind": "linear", "factor": -1.0}, {"kind": "yarn"}], ids=str)
+def test_frequencies_that_make_no_sense_are_refused(changes):
+    with pytest.raises(ValueError, match="must be positive"):
+        Rope(**changes)
