@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from . import circuits as circuits
     from . import classifiers as classifiers
     from . import couplings as couplings
+    from . import images as images
     from . import imagesets as imagesets
     from . import interventions as interventions
     from . import modifiers as modifiers
@@ -63,6 +64,7 @@ _MODULES = (
     "circuits",
     "classifiers",
     "couplings",
+    "images",
     "imagesets",
     "interventions",
     "layers",
