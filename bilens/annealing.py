@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .layers import ACTIVATIONS, RMSNorm
 from .transformer import BilinearTransformer
@@ -75,12 +77,13 @@ def alpha_at(schedule: str | Schedule, progress: int | float) -> float:
 
 # -- what an annealed gate computes -----------------------------------------------------------------------------------
 
-# z times a switch between 0 and 1: the activation itself at β = 1, z/2 at β = 0, whichever the activation
-PATHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": lambda z, beta: z * torch.sigmoid(beta * z),
-    "gelu": lambda z, beta: z * torch.special.ndtr(beta * z),
-    "relu": lambda z, beta: (z + beta * z.abs()) / 2,
+# c z times a switch between 0 and 1: c times the activation at β = 1, c z/2 as β goes to 0, whichever the activation
+PATHS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "silu": lambda z, beta, c: F.silu(beta * z) * (c / beta),
+    "gelu": lambda z, beta, c: F.gelu(beta * z) * (c / beta),
+    "relu": lambda z, beta, c: z * (c * (1 - beta) / 2) + F.relu(z) * (c * beta),
 }
+_SMALLEST = 1e-12  # of β, as its formulas divide by it: the switch then is 1/2 to the last digit
 
 
 class Gate(nn.Module):
@@ -102,8 +105,9 @@ class Gate(nn.Module):
         self.register_buffer("beta", torch.ones(()))
 
     def forward(self, z: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
-        """Apply the gate to the left factor."""
-        return self.c * PATHS[self.act](z, self.beta)
+        """Apply the gate to the left factor; for the backward pass nothing is kept but z."""
+        beta = self.beta.clamp(min=_SMALLEST)
+        return checkpoint(PATHS[self.act], z, beta, self.c, use_reentrant=False, preserve_rng_state=False)
 
     def set_alpha(self, alpha: int | float) -> None:
         """Go to β = 1 - alpha."""
@@ -136,7 +140,7 @@ class Blend(nn.Module):
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Apply the blend."""
         before = ACTIVATIONS[self.original](x) if isinstance(self.original, str) else self.original(x)
-        after = x * self.weight if self.weight.ndim == 1 else nn.functional.linear(x, self.weight)
+        after = x * self.weight if self.weight.ndim == 1 else F.linear(x, self.weight)
         return torch.lerp(after.to(before), before, self.beta.to(before))
 
     def set_alpha(self, alpha: int | float) -> None:
