@@ -7,11 +7,21 @@ imported when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .comparison import frobenius_similarity as frobenius_similarity
+from .comparison import gaussian_inner as gaussian_inner
+from .comparison import quadratic_form_similarity as quadratic_form_similarity
+from .comparison import similarity as similarity
+from .comparison import similarity_matrix as similarity_matrix
 from .decompositions import Eigen as Eigen
 from .decompositions import TopOutputs as TopOutputs
 from .decompositions import eigen as eigen
 from .decompositions import spectrum_in_basis as spectrum_in_basis
 from .decompositions import top_outputs as top_outputs
+from .factorizations import CP as CP
+from .factorizations import HOSVD as HOSVD
+from .factorizations import cp as cp
+from .factorizations import hosvd as hosvd
+from .factorizations import recompose as recompose
 from .interactions import Certificate as Certificate
 from .interactions import Interactions as Interactions
 from .interactions import top_interactions as top_interactions
@@ -19,6 +29,11 @@ from .polynomials import Degree as Degree
 from .polynomials import check_quadratic as check_quadratic
 from .polynomials import degree as degree
 from .polynomials import recover_tensor as recover_tensor
+from .spectra import Eigenspace as Eigenspace
+from .spectra import eigenspaces as eigenspaces
+from .spectra import entropy_rank as entropy_rank
+from .spectra import l1l2_rank as l1l2_rank
+from .spectra import participation_ratio as participation_ratio
 from .tensor import BilinearTensor as BilinearTensor
 
 if TYPE_CHECKING:
@@ -81,15 +96,30 @@ _MODULES = (
 
 __all__ = [
     "BilinearTensor",
+    "CP",
     "Certificate",
     "Degree",
     "Eigen",
+    "Eigenspace",
+    "HOSVD",
     "Interactions",
     "TopOutputs",
     "check_quadratic",
+    "cp",
     "degree",
     "eigen",
+    "eigenspaces",
+    "entropy_rank",
+    "frobenius_similarity",
+    "gaussian_inner",
+    "hosvd",
+    "l1l2_rank",
+    "participation_ratio",
+    "quadratic_form_similarity",
+    "recompose",
     "recover_tensor",
+    "similarity",
+    "similarity_matrix",
     "spectrum_in_basis",
     "top_interactions",
     "top_outputs",

@@ -221,7 +221,7 @@ def top_outputs(
     dtype = _working(B.down.dtype)
     B, readers = B.detach().to(dtype), readers.to(dtype)
     different, copy = torch.unique(readers, dim=0, return_inverse=True)  # equal readers tie exactly
-    gram = _gram(B)
+    gram = output_gram(B)
     if by == "frobenius":
         score, values, decomposed = _frobenius(gram, different).to(dtype), None, 0
     else:
@@ -232,7 +232,7 @@ def top_outputs(
     return TopOutputs(order, score[copy[order]], None if values is None else values[copy[order]], decomposed)
 
 
-def _gram(B: BilinearTensor) -> Float[Tensor, "out out"]:
+def output_gram(B: BilinearTensor) -> Float[Tensor, "out out"]:
     """Return the inner products `⟨Q_o, Q_p⟩_F` of the matrices of two outputs, in float64, as `B.inner` does."""
     down, left, right = B.down.double(), B.left.double(), B.right.double()
     gram = down.new_zeros(B.out, B.out)

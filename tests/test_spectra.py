@@ -180,7 +180,7 @@ def test_ties_by_index_with_zero_and_repeated_readers(by, k, hidden, inp, bias, 
 def test_bounds_hold_at_every_squaring(screen, cube, exact, monkeypatch):
     monkeypatch.setattr(decompositions, "_CUBE_BYTES", cube)
     B, readers = tensor(hidden=20, inp=48, dtype=torch.float32), rows(16, 5, dtype=torch.float32)
-    gram = decompositions._gram(B)
+    gram = decompositions.output_gram(B)
     frobenius = decompositions._frobenius(gram, readers)
     matrices = decompositions._Matrices(B, len(readers))
     assert (matrices.blocks is None) == (cube == 0)
