@@ -37,6 +37,7 @@ from .spectra import participation_ratio as participation_ratio
 from .tensor import BilinearTensor as BilinearTensor
 
 if TYPE_CHECKING:
+    from . import adversarial as adversarial
     from . import annealing as annealing
     from . import attribution as attribution
     from . import cards as cards
@@ -72,6 +73,7 @@ _LATER = {
     "attribute": "attribution",
 }
 _MODULES = (
+    "adversarial",
     "annealing",
     "attribution",
     "cards",
