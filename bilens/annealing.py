@@ -365,7 +365,9 @@ def fold(model: BilinearTransformer) -> BilinearTransformer:
         if part.alpha != 1:
             raise ValueError(f"the gates must be at alpha 1 to be folded (set_alpha(model, 1)), got {part.alpha:g}")
     linear_norms = isinstance(model.ln_final, Blend)
-    cfg = replace(model.cfg, mlp="bilinear", act=None, norm="none" if linear_norms else model.cfg.norm)
+    cfg = replace(model.cfg, mlp="bilinear", act=None)
+    if linear_norms:  # the last one goes into the unembedding, which then is no longer the embedding
+        cfg = replace(cfg, norm="none", tied=False)
     with torch.device("meta"):
         folded = BilinearTransformer(cfg, model.tokenizer, model.source)
     state = {name: weight.clone() for name, weight in model.state_dict().items() if name in folded.state_dict()}

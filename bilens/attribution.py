@@ -834,14 +834,14 @@ def _tokenise(model: BilinearTransformer, texts: list[str]) -> Rows:
     """Tokenise texts one by one, and pad them on the right."""
     if not texts:
         raise ValueError("text must hold at least one text, got an empty list")
-    rows = [model.to_tokens(text)[0] for text in texts]
+    rows, first = [model.to_tokens(text)[0] for text in texts], int(model.has_bos)
     for index, one in enumerate(rows):
-        if len(one) == 1:
+        if len(one) == first:
             raise ValueError(f"text must hold a token besides BOS, got {texts[index]!r} as text {index}")
     tokens = pad_sequence(rows, batch_first=True, padding_value=model.eos_id)
     index = torch.arange(tokens.shape[1], device=tokens.device)
     attend = index < torch.tensor([len(one) for one in rows], device=tokens.device)[:, None]
-    return Rows(tokens, attend, attend & (index > 0))
+    return Rows(tokens, attend, attend & (index >= first))
 
 
 def _at(position: int, attend: Bool[Tensor, "text seq"]) -> Bool[Tensor, "text seq"]:

@@ -55,14 +55,15 @@ def load(
     dtype: torch.dtype | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> "BilinearTransformer":
-    """Load a bilinear language model in any published format, from the Hub, a folder, or the embedded `"bilens-mini"`.
+    """Load a bilinear or Llama-family language model from the Hub, a folder, or the embedded `"bilens-mini"`.
 
     Reads safetensors directly (memory-mapped) into a plain `nn.Module` in eval mode; no code from the checkpoint runs,
     nothing is unpickled, no weight is ever made up.
 
     Args:
-        name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors` (and `tokenizer.json`), or a Hub
-            repository such as `"tdooms/ts-medium"` (the papers' ts-tiny).
+        name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors`, whole or in shards with an index
+            (and `tokenizer.json`), or a Hub repository such as `"tdooms/ts-medium"` (the papers' ts-tiny). The config
+            tells the format: any published bilinear one, or transformers' Llama, Mistral and Qwen2.
         revision: Branch, tag or commit of the Hub repository.
         device: Where to put the weights; the CPU if `None`.
         dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, fast on CPUs).
@@ -73,10 +74,12 @@ def load(
         The model. `model.source` is the config as published, `model.ignored_keys` its keys without meaning here.
 
     Raises:
-        FileNotFoundError: No such folder or repository (with near names), no such revision or file, or not in the cache
-            while offline.
-        CheckpointError: A missing, misshapen or non-finite tensor, a config that contradicts the tensors, a pickle
-            instead of safetensors; says which file and tensor, what was expected and what was found.
+        FileNotFoundError: No such folder or repository (with near names), no such revision or file, shards that are
+            missing, or not in the cache while offline.
+        CheckpointError: A config that asks for what this model cannot compute (a mixture of experts, quantised weights,
+            an unknown rotary scaling, ...) or contradicts the tensors; a missing, misshapen or non-finite tensor; a
+            pickle instead of safetensors; a tokenizer with ids beyond the embedding. Says which file and tensor, what
+            was expected and what was found.
         ValueError: An empty name, a `dtype` that is not floating point, a `revision` of what is not a Hub repository.
     """
     if not str(name):
@@ -103,7 +106,8 @@ def load(
 def save(model: "BilinearTransformer", folder: str | os.PathLike[str]) -> None:
     """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, `tokenizer.json`.
 
-    The format is that of the generation the model came from, unknown config keys included; a new model gets the newest.
+    The format is the one the model came from, unknown config keys included; a new model gets the newest that can
+    express it. In the Llama family's, a bilinear MLP is `hidden_act: "linear"`, which transformers loads and runs.
     Loading it again is bit-identical. Each file is replaced atomically, nothing outside `folder` is touched; the
     `tokenizer.json` of an earlier model goes if this one has none.
 
@@ -414,8 +418,6 @@ def _build(
         state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     _refuse_leftovers(stored, cfg)
     model.load_state_dict(state, assign=True)
-    if cfg.tied:  # one parameter again, not two that share their memory
-        model.unembed.weight = model.embed.weight
     model.ignored_keys = tuple(sorted(set(config) - layout.known))
     return model
 
@@ -454,6 +456,8 @@ def _state(model: "BilinearTransformer", layout: Layout, folder: Path) -> dict[s
     cfg, state = model.cfg, {}
     for name, weight in model.state_dict().items():
         if cfg.tied and name == "unembed.weight":
+            if not torch.equal(weight, model.W_E):
+                raise ValueError("model.unembed.weight must equal model.embed.weight, which cfg.tied says it is")
             continue
         parts = layout.parts(name, len(weight), cfg)
         pieces = _finite(weight, name, folder).cpu().split(list(parts.values()))

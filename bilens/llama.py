@@ -54,6 +54,8 @@ REFUSED = {  # each changes what the model computes, wherever it is set
     "residual_multiplier": "scaled blocks",
     "attention_chunk_size": "attention in chunks",
     "no_rope_layers": "layers without rotary positions",
+    "rope_interleaved": "rotary positions that turn neighbours",
+    "use_mrope": "rotary positions along several axes",
 }
 OTHERS = {  # whose tensors have Llama's names or nearly so, and mean something else
     "gemma": "its norms scale by 1 + weight",

@@ -256,7 +256,10 @@ def virtual_tokens(model: BilinearTransformer, out: Float[Tensor, "n_out d_model
 
     Raises:
         TypeError: The layer is not bilinear.
+        ValueError: Attention has biases, which belong to no token.
     """
+    if any(model.cfg.attn_bias):
+        raise ValueError(f"model must have no attention biases, which belong to no token, got {model.cfg.attn_bias}")
     block, E = model.blocks[0], model.W_E.detach()
     W_OV = block.attn.W_V.detach() @ block.attn.W_O.detach()
     (gain_1, shift_1), (gain_2, shift_2) = _gain(block.ln1, E), _gain(block.ln2, E)

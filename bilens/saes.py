@@ -216,7 +216,7 @@ class Rows(NamedTuple):
 def to_rows(
     model: BilinearTransformer, texts: Sequence[str] | Int[Tensor, "row seq"], length: int | None = None
 ) -> Rows:
-    """Cut texts into windows that each start with BOS, right-padded.
+    """Cut texts into windows that each start with BOS (if the model knows one), right-padded.
 
     Args:
         model: Owner of the tokenizer.
@@ -225,22 +225,24 @@ def to_rows(
     """
     length = length or model.cfg.n_ctx
     if isinstance(texts, Tensor):
-        counts = texts != model.bos_id if model.tokenizer is not None else torch.ones_like(texts, dtype=torch.bool)
+        marked = model.tokenizer is not None and model.has_bos
+        counts = texts != model.bos_id if marked else torch.ones_like(texts, dtype=torch.bool)
         return Rows(texts, torch.ones_like(texts, dtype=torch.bool), counts)
-    pieces = []
+    pieces, first = [], int(model.has_bos)  # the first position of text
     for encoding in model.tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        ids = encoding.ids
-        pieces += [ids[start : start + length - 1] for start in range(0, len(ids), length - 1)]
+        ids, step = encoding.ids, length - first
+        pieces += [ids[start : start + step] for start in range(0, len(ids), step)]
     if not pieces:
         raise ValueError("texts must hold at least one text that is not empty")
     tokens = torch.full((len(pieces), length), model.eos_id)
-    tokens[:, 0] = model.bos_id
+    if model.has_bos:
+        tokens[:, 0] = model.bos_id
     attend = torch.zeros(len(pieces), length, dtype=torch.bool)
     for row, piece in enumerate(pieces):
-        tokens[row, 1 : len(piece) + 1] = torch.tensor(piece)
-        attend[row, : len(piece) + 1] = True
+        tokens[row, first : len(piece) + first] = torch.tensor(piece)
+        attend[row, : len(piece) + first] = True
     counts = attend.clone()
-    counts[:, 0] = False
+    counts[:, :first] = False
     return Rows(tokens, attend, counts)
 
 
@@ -251,7 +253,8 @@ def text_of_rows(
     if isinstance(texts, Tensor):
         return torch.arange(len(texts))
     encodings = model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    windows = [-(-len(encoding.ids) // ((length or model.cfg.n_ctx) - 1)) for encoding in encodings]
+    step = (length or model.cfg.n_ctx) - int(model.has_bos)
+    windows = [-(-len(encoding.ids) // step) for encoding in encodings]
     return torch.arange(len(texts)).repeat_interleave(torch.tensor(windows))
 
 

@@ -1,6 +1,6 @@
 """The hooked bilinear transformer: transformer_lens' interface and hook names on a plain `nn.Module`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -107,8 +107,9 @@ class Unembed(nn.Linear):
 class BilinearTransformer(HookedRootModule):
     """A causal language model with bilinear (or gated, or plain) MLPs, rotary positions and pre-norm blocks.
 
-    Source: 2410.08417, section 5 and appendix G. The interface is transformer_lens': `run_with_cache`,
-    `run_with_hooks`, `hooks`, `add_hook`, `to_tokens`, the weight properties `W_E`, `W_Q`, ...
+    Source: 2410.08417, section 5 and appendix G; the Llama family as in transformers. The interface is
+    transformer_lens': `run_with_cache`, `run_with_hooks`, `hooks`, `add_hook`, `to_tokens`, the weight properties
+    `W_E`, `W_Q`, ...
 
     Args:
         cfg: The model's shape.
@@ -195,6 +196,13 @@ class BilinearTransformer(HookedRootModule):
             raise ValueError("a loss needs token ids: with start_at_layer, give them as tokens=")
         loss = _loss(logits, tokens, mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, as `nn.Module` does; a tied unembedding stays the embedding's own parameter."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        if self.cfg.tied:  # assigning makes two parameters of it
+            self.unembed.weight = self.embed.weight
+        return found
 
     def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         n = self.cfg.n_layers

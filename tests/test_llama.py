@@ -260,6 +260,29 @@ def test_bilinear_mlp_is_written_in_the_layout_it_came_from(originals, name, ids
     assert (applied - cache["blocks.1.hook_mlp_out"]).abs().max() <= 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "qwen2"])
+def test_annealed_model_is_written_in_the_layout_it_came_from(originals, name, ids, tmp_path):
+    model = bilens.annealing.prepare(bilens.load(originals(name)[1]))
+    bilens.annealing.set_alpha(model, 1)
+    folded = bilens.annealing.fold(model)
+    bilens.save(folded, tmp_path)
+    assert_same(folded, bilens.load(tmp_path))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (loaded(ids).logits - model(ids)).abs().max() <= 1e-5
+    assert (folded.unembed.weight is folded.embed.weight) == folded.cfg.tied
+
+
+def test_folding_the_last_norm_unties_the_embedding(originals, ids):
+    model = bilens.load(originals("qwen2")[1])
+    fits = bilens.annealing.fit_norms(model, ids)
+    prepared = bilens.annealing.prepare(model, norms=fits)
+    bilens.annealing.set_alpha(prepared, 1)
+    folded = bilens.annealing.fold(prepared)
+    assert not folded.cfg.tied
+    assert (folded(ids) - prepared(ids)).abs().max() <= 1e-4
+
+
 def test_new_model_that_only_llama_can_express_is_written_as_llama(tmp_path):
     cfg = BilinearConfig(2, 16, 24, 2, 32, 40, norm="rms_gain", n_key_value_heads=1, rope=Rope(1e4, "default"))
     model = BilinearTransformer(cfg)
@@ -283,6 +306,9 @@ def test_tied_embedding_is_one_parameter(originals, tmp_path):
         assert one.unembed.weight is one.embed.weight
     bilens.save(model, tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model.unembed.weight = torch.nn.Parameter(2 * model.W_E)
+    with pytest.raises(ValueError, match=r"model\.unembed\.weight must equal model\.embed\.weight"):
+        bilens.save(model, tmp_path)
 
 
 def test_stored_copy_of_a_tied_embedding_must_equal_it(originals, tmp_path):
@@ -368,6 +394,16 @@ def test_attribution_through_heads_sums_to_what_the_model_computes(originals, na
     torch.testing.assert_close(split.table.sum((1, 2)), cache["blocks.2.hook_mlp_out"][0] @ direction)
 
 
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral"])
+def test_paths_through_the_last_layer_sum_to_the_logits(originals, name, ids):
+    model = linear(bilens.load(originals(name)[1], dtype=torch.float64))
+    expanded = bilens.paths.expand(model, ids[0])
+    torch.testing.assert_close(expanded.logits(), model(ids[:1])[0])
+    if any(model.cfg.attn_bias):
+        with pytest.raises(ValueError, match=r"no attention biases, which belong to no token, got \(True, True\)"):
+            bilens.paths.virtual_tokens(model)
+
+
 def test_hook_table_shows_the_heads_that_share_keys(originals, capsys):
     bilens.load(originals("tinyllama")[1]).hook_table()
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "hook_" in line}
@@ -417,6 +453,13 @@ def test_texts_start_as_the_tokenizer_itself_starts_them(folder, tmp_path, kind)
     )
     bilens.save(model, tmp_path / "again")
     assert bilens.load(tmp_path / "again").has_bos == model.has_bos
+    for texts in (["the cat sat"], ["the", "a cat sat the cat"]):
+        rows = bilens.saes.to_rows(model, texts, length=4)
+        words = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids]
+        assert rows.tokens[rows.counts].tolist() == words
+        assert bool((rows.tokens[:, 0] == model.bos_id).all()) == model.has_bos
+        assert len(bilens.saes.text_of_rows(model, texts, length=4)) == len(rows.tokens)
+        assert len(bilens.attribution.locate(model, texts).row) == len(words)
     if kind == "qwen":
         with pytest.raises(ValueError, match="input is empty text and the model has no BOS"):
             model.to_tokens("")
