@@ -15,7 +15,7 @@ the arguments. `log.csv` holds loss, beta and tokens; `model` the result, in the
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -182,6 +182,22 @@ def soften(
     }
 
 
+def walker(model: bilens.BilinearTransformer, schedule: str, fraction: float) -> Callable[[int, int], dict[str, str]]:
+    """Return what moves the gates before each step: along the schedule for a fraction of the steps, then linear."""
+
+    def walk(step: int, steps: int) -> dict[str, str]:
+        alpha = annealing.alpha_at(schedule, min(1.0, step / (fraction * steps)))
+        annealing.set_alpha(model, alpha)
+        return {"beta": f"{1 - alpha:.4f}"}
+
+    return walk
+
+
+def leave(step: int, steps: int) -> dict[str, str]:
+    """Leave the gates as they are."""
+    return {"beta": "1.0000"}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Read, anneal, fold, save."""
     args = parse_args(arguments)
@@ -198,15 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings |= {"data": digests, "model": digest, "devices": accelerator.num_processes}
     if args.wandb:
         accelerator.init_trackers(args.wandb, settings)
-
-    def before_step(step: int, steps: int) -> dict[str, str]:
-        if args.control:
-            return {"beta": "1.0000"}
-        alpha = annealing.alpha_at(args.schedule, min(1.0, step / (args.anneal * steps)))
-        annealing.set_alpha(model, alpha)
-        return {"beta": f"{1 - alpha:.4f}"}
-
-    curve = optimise(args, accelerator, model, windows, held_out, settings, before_step)
+    walk = leave if args.control else walker(model, args.schedule, args.anneal)
+    curve = optimise(args, accelerator, model, windows, held_out, settings, walk)
     if accelerator.is_main_process:
         record = {"settings": settings, "r2": r2, "curve": curve}
         if not args.control:
