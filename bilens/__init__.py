@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from . import circuits as circuits
     from . import classifiers as classifiers
     from . import couplings as couplings
+    from . import imageplots as imageplots
     from . import images as images
     from . import imagesets as imagesets
     from . import interventions as interventions
@@ -81,6 +82,7 @@ _MODULES = (
     "circuits",
     "classifiers",
     "couplings",
+    "imageplots",
     "images",
     "imagesets",
     "interventions",

@@ -273,7 +273,7 @@ def best_perturbation(
     x: Float[Tensor, "n pixels"],
     target: int,
     against: int | Int[Tensor, " n"],
-    eps: float,
+    eps: float | Float[Tensor, " n"],
 ) -> Perturbation:
     """Return the best perturbation of norm at most eps: the bound that no mask can beat, and that is attained.
 
@@ -287,7 +287,7 @@ def best_perturbation(
         x: Images as rows of pixels.
         target: The class to raise.
         against: The class to lower, for all images or for each.
-        eps: Euclidean norm.
+        eps: Euclidean norm, for all images or for each.
 
     Returns:
         Perturbations with the margin at each and the dual bound. Cost `pixels³` for each different `against` and some
@@ -297,8 +297,9 @@ def best_perturbation(
         ValueError: `eps` is not positive, a class is out of range, or target and against are the same.
     """
     B = (model if isinstance(model, BilinearTensor) else model.pixel_tensor()).to(torch.float64)
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be positive and finite, got {eps}")
+    eps = torch.as_tensor(eps).to(x.device, torch.float64).expand(len(x))
+    if not ((eps > 0) & eps.isfinite()).all():
+        raise ValueError(f"eps must be positive and finite, got {eps.min():g} to {eps.max():g}")
     against = torch.full((len(x),), against) if isinstance(against, int) else against
     for name, label in (("target", torch.tensor([target])), ("against", against)):
         if len(label) and not (int(label.min()) >= 0 and int(label.max()) < B.out):
@@ -309,7 +310,7 @@ def best_perturbation(
     parts = [torch.zeros_like(x), *(x.new_zeros(len(x)) for _ in range(3)), x.new_zeros(len(x)).bool()]
     for label in against.unique().tolist():
         chosen = against == label
-        for whole, part in zip(parts, _Margin(B, target, label).best(x[chosen], eps), strict=True):
+        for whole, part in zip(parts, _Margin(B, target, label).best(x[chosen], eps[chosen]), strict=True):
             whole[chosen] = part
     return Perturbation(*parts)
 
@@ -328,7 +329,7 @@ def reachable(model: ImageClassifier, images: ImageSet, target: int, eps: Sequen
         if label == target or not len(x):
             continue
         margin, total = _Margin(B, target, label), total + len(x)
-        counts += torch.stack([(margin.best(x, e)[2] > 0).double().sum() for e in eps]).cpu()
+        counts += torch.stack([(margin.best(x, x.new_tensor(e))[2] > 0).double().sum() for e in eps]).cpu()
     if not total:
         raise ValueError(f"images must hold some of another class than the target {target}, got none")
     return counts / total
@@ -343,7 +344,7 @@ class _Margin:
         self.Q, self.linear, self.constant = affine(B, direction)
         self.values, self.vectors = torch.linalg.eigh(self.Q)
 
-    def best(self, x: Float[Tensor, "n pixels"], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def best(self, x: Float[Tensor, "n pixels"], eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the perturbation, its margin, the dual bound, the multiplier, and whether the case is hard."""
         Qx = x @ self.Q
         now = (Qx * x).sum(1) + x @ self.linear + self.constant
@@ -357,7 +358,7 @@ class _Margin:
         margin = now + 2 * (half * m).sum(1) + (m**2 * self.values).sum(1)
         return m @ self.vectors.T, margin, bound, mu, missing > 1e-6 * eps**2
 
-    def _multiplier(self, half: Float[Tensor, "n pixels"], eps: float) -> tuple[Tensor, Tensor]:
+    def _multiplier(self, half: Float[Tensor, "n pixels"], eps: Tensor) -> tuple[Tensor, Tensor]:
         """Solve `‖m(μ)‖ = eps` by Newton's method on `1/‖m‖`, kept in a bracket; say where `μ = 0` is inside."""
         floor = self.values[-1].clamp(min=0)
         low, width = floor.expand(len(half)).clone(), half.norm(dim=1) / eps

@@ -121,11 +121,6 @@ def affine(model: ImageClassifier | BilinearTensor, direction: Float[Tensor, " c
     return Affine(Q[:-1, :-1], 2 * Q[-1, :-1], Q[-1, -1])
 
 
-def sparsity(z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
-    """Return `(‖z‖₁ / ‖z‖₂)²`, between 1 and n: how many entries count (2410.08417, appendix E)."""
-    return (z.abs().sum(-1) / z.norm(dim=-1)) ** 2
-
-
 # -- one prediction ---------------------------------------------------------------------------------------------------
 
 

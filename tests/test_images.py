@@ -125,11 +125,6 @@ def test_best_takes_one_end():
         full.best(3, "positive")
 
 
-def test_sparsity_counts():
-    z = torch.tensor([[1.0, -1, 0, 0], [2, 0, 0, 0], [1, 1, 1, 1]]).double()
-    close(images.sparsity(z), torch.tensor([2.0, 1, 4]).double())
-
-
 # -- truncation -------------------------------------------------------------------------------------------------------
 
 

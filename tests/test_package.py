@@ -16,13 +16,13 @@ ORDER = [
     *("rotary", "layers", "transformer", "formats", "llama", "checkpoints", "saes", "attribution", "paths"),
     *("modifiers", "cards", "circuits", "motifs", "interventions", "couplings"),
     *("toys", "imagesets", "classifiers", "images", "adversarial", "annealing"),
-    *("plots", "report", "__init__", "__main__"),
+    *("plots", "imageplots", "report", "__init__", "__main__"),
 ]
 HOMES = {  # third parties that stay in one place
     "transformer_lens": {"layers", "transformer", "classifiers"},
     "sae_lens": {"saes"},
     "huggingface_hub": {"checkpoints", "saes"},
-    "plotly": {"plots", "report"},
+    "plotly": {"plots", "imageplots", "report"},
 }
 
 
