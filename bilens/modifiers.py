@@ -59,17 +59,19 @@ class Modified:
     One unit of the input feature adds `written_i` to the output for each unit of default feature i. `gain_i` is how
     much of that lies along what the default feature writes when nothing modifies it: positive where it is amplified,
     negative where it is suppressed, in multiples of the default. `change_i` is the size of `written_i` times the
-    feature's strength.
+    feature's strength; `excess_i` is the same in multiples of what a modifier of this length gives in a random
+    direction over hidden units (root mean square), so that a feature which is merely strong has about one.
     """
 
     feature: Int[Tensor, " k"]
     change: Float[Tensor, " k"]
+    excess: Float[Tensor, " k"]
     gain: Float[Tensor, " k"]
     written: Float[Tensor, "k out"]
 
     def __repr__(self) -> str:
-        top = zip(self.feature[:3].tolist(), self.change.tolist(), self.gain.tolist(), strict=False)
-        first = ", ".join(f"#{feature} {change:.3g} (gain {gain:+.2g})" for feature, change, gain in top)
+        top = zip(self.feature[:3].tolist(), self.change.tolist(), self.excess.tolist(), strict=False)
+        first = ", ".join(f"#{feature} {change:.3g} ({excess:.1f} x chance)" for feature, change, excess in top)
         return f"Modified({len(self.feature)} default features; first: {first} ...)"
 
 
@@ -182,8 +184,10 @@ def most_modified(B: BilinearTensor, defaults: FactorFeatures, feature: Float[Te
     change = written.norm(dim=1) * defaults.strengths
     tiny = torch.finfo(plain.dtype).tiny
     gain = (written * plain).sum(1) / plain.square().sum(1).clamp(min=tiny)
+    chance = (defaults.patterns.square() @ down.square().sum(0)).sqrt() * modifier.norm() / B.hidden**0.5
+    excess = written.norm(dim=1) / chance.clamp(min=tiny)
     best = change.argsort(descending=True, stable=True)[:k]
-    return Modified(best, change[best], gain[best], written[best])
+    return Modified(best, change[best], excess[best], gain[best], written[best])
 
 
 @torch.no_grad()

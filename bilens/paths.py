@@ -190,33 +190,43 @@ def _through_mlp(
 class VirtualTokens:
     """The first MLP as a tensor over virtual tokens: each token's embedding, and what each head makes of it.
 
-    Input legs are those of `legs`, `d_vocab` each in the order of token ids: embedding, then heads. If the first norm
-    has a shift, what each head makes of that follows, one input per head.
+    Input legs are those of `legs`, each with all of `tokens`: embedding, then heads. If the first norm has a shift,
+    what each head makes of that follows, one input per head; the constant is last, if the tensor has one.
     """
 
     tensor: BilinearTensor
     writers: Float[Tensor, "virtual d_model"]  # what one unit of each input is at the MLP's input
     legs: tuple[str, ...]
+    tokens: Int[Tensor, " token"]  # ids
     words: tuple[str, ...]
 
     def index(self, leg: str, token: int) -> int:
-        """Return the input that stands for a token in a leg.
+        """Return the input that stands for a token, by its id, in a leg.
 
         Raises:
             ValueError: No such leg or token.
         """
         if leg not in self.legs:
             raise ValueError(f"leg must be one of {', '.join(self.legs)}, got {leg!r}")
-        if not 0 <= token < len(self.words):
-            raise ValueError(f"token must lie between 0 and {len(self.words) - 1}, got {token}")
-        return self.legs.index(leg) * len(self.words) + token
+        place = (self.tokens == token).nonzero().flatten().tolist()
+        if not place:
+            raise ValueError(f"token must be the id of one of these {len(self.words)} tokens, got {token}")
+        return self.legs.index(leg) * len(self.words) + place[0]
 
     def name(self, index: int) -> str:
-        """Return leg and token of an input: `"head 0.1 of 'girl'"`."""
-        leg, token = divmod(index, len(self.words))
-        if leg == len(self.legs):
-            return f"{self.legs[1 + token]} of the norm's shift"
-        return f"{self.legs[leg]} of {self.words[token]!r}"
+        """Return leg and token of an input: `"head 0.1 of 'girl'"`.
+
+        Raises:
+            ValueError: No such input.
+        """
+        if not 0 <= index < self.tensor.inp:
+            raise ValueError(f"index must lie between 0 and {self.tensor.inp - 1}, got {index}")
+        if index >= len(self.writers):
+            return "constant"
+        leg, place = divmod(index, len(self.words))
+        if index >= len(self.legs) * len(self.words):
+            return f"{self.legs[1 + index - len(self.legs) * len(self.words)]} of the norm's shift"
+        return f"{self.legs[leg]} of {self.words[place]!r}"
 
     def nearest(self, direction: Float[Tensor, " d_model"], k: int = 10) -> list[tuple[str, float]]:
         """Return the virtual tokens whose cosine with a direction at the MLP's input is largest in size.
@@ -239,13 +249,17 @@ class VirtualTokens:
 
 
 @torch.no_grad()
-def virtual_tokens(model: BilinearTransformer, out: Float[Tensor, "n_out d_model"] | None = None) -> VirtualTokens:
+def virtual_tokens(
+    model: BilinearTransformer,
+    out: Float[Tensor, "n_out d_model"] | None = None,
+    tokens: Int[Tensor, " token"] | None = None,
+) -> VirtualTokens:
     """Return the first layer's MLP over virtual tokens, `E` and `E W_V W_O` of each head (2305.03452, path expansion).
 
     The inputs of a prompt are in `virtual_input`: `tensor.apply` of them is what the MLP writes, read by `out`. The
     gains of both norms are in the writers, their root mean squares in the inputs. Kept in factors: of the pairs of
     virtual tokens, `((heads + 1) · vocab)²` for each output, none is computed before `tensor.matrix` or
-    `top_interactions` asks for it.
+    `top_interactions` asks for it; for the latter, choose some hundred `tokens`.
 
     Cost: `hidden · (heads + 1) · vocab` numbers, twice.
 
@@ -253,14 +267,17 @@ def virtual_tokens(model: BilinearTransformer, out: Float[Tensor, "n_out d_model
         model: The model; its first MLP must be bilinear.
         out: Readers of what the MLP writes; the tokens' logit directions if `None`. In a model of one layer those give
             the MLP's part of the logits, times the root mean square of the last residual stream.
+        tokens: Ids of the tokens to take; the vocabulary if `None`.
 
     Raises:
+        ValueError: `out` of another width, a token outside the vocabulary, or attention biases, which belong to no
+            token.
         TypeError: The layer is not bilinear.
-        ValueError: Attention has biases, which belong to no token.
     """
     if any(model.cfg.attn_bias):
         raise ValueError(f"model must have no attention biases, which belong to no token, got {model.cfg.attn_bias}")
-    block, E = model.blocks[0], model.W_E.detach()
+    tokens = torch.arange(model.cfg.d_vocab) if tokens is None else _checked_tokens(model, tokens)
+    block, E = model.blocks[0], model.W_E.detach()[tokens.to(model.W_E.device)]
     W_OV = block.attn.W_V.detach() @ block.attn.W_O.detach()
     (gain_1, shift_1), (gain_2, shift_2) = _gain(block.ln1, E), _gain(block.ln2, E)
     writers = torch.cat((E[None], (E * gain_1) @ W_OV)).flatten(0, 1)
@@ -270,14 +287,14 @@ def virtual_tokens(model: BilinearTransformer, out: Float[Tensor, "n_out d_model
     out = model.W_U.detach().T * _gain(model.ln_final, E)[0] if out is None else out
     tensor = block.mlp.tensor().detach().project(out, writers, inp_bias=shift_2 if shift_2.any() else None)
     legs = ("embedding", *(f"head 0.{head}" for head in range(model.cfg.n_heads)))
-    return VirtualTokens(tensor, writers, legs, tuple(_word(model, token) for token in range(model.cfg.d_vocab)))
+    return VirtualTokens(tensor, writers, legs, tokens, tuple(_word(model, token) for token in tokens.tolist()))
 
 
 @torch.no_grad()
 def virtual_input(
     model: BilinearTransformer, text: Text | Int[Tensor, "text seq"] | Int[Tensor, " seq"], position: int = -1
 ) -> Float[Tensor, "text virtual"]:
-    """Return how much of each virtual token enters the first MLP at one position of each text.
+    """Return how much of each virtual token, of the whole vocabulary, enters the first MLP at one position of a text.
 
     `1 / rms_2` of the position's own token in the embedding leg, and `pattern[position, s] / (rms_1(s) rms_2)` of the
     token at s in a head's leg. Cost: `(heads + 1) · vocab` numbers per text.
@@ -293,14 +310,16 @@ def virtual_input(
     places, block = locate(model, text, position), model.blocks[0]
     scales = [f"blocks.0.{name}.hook_scale" for name in ("ln1", "ln2") if isinstance(getattr(block, name), RMSNorm)]
     pattern = "blocks.0.attn.hook_pattern"
-    hooks = {"attention_mask": places.attend, "names_filter": [pattern, *scales], "stop_at_layer": 1}
-    _, cache = model.run_with_cache(places.tokens, **hooks)
+    _, cache = model.run_with_cache(
+        places.tokens, attention_mask=places.attend, names_filter=[pattern, *scales], stop_at_layer=1
+    )
     weight = cache[pattern][places.row, :, places.position].masked_fill(~places.attend[:, None], 0)  # text head key
-    rms_1, rms_2 = (cache[name][..., 0] for name in scales) if scales else 2 * (torch.ones_like(weight[:, 0]),)
+    one = torch.ones_like(places.tokens, dtype=weight.dtype)
+    rms_1, rms_2 = (cache[name][..., 0] for name in scales) if scales else (one, one)
     own = rms_2[places.row, places.position]
     n_vocab, n_heads = model.cfg.d_vocab, model.cfg.n_heads
     z = weight.new_zeros(len(weight), 1 + n_heads, n_vocab)
-    z[torch.arange(len(z)), 0, places.tokens[places.row, places.position]] = 1
+    z[:, 0].scatter_(1, places.tokens[places.row, places.position][:, None], 1)
     keys = places.tokens[places.row, None].expand(-1, n_heads, -1)
     z[:, 1:].scatter_add_(2, keys, weight / rms_1[places.row, None])
     shifted = _gain(block.ln1, model.W_E)[1].any()
@@ -343,14 +362,12 @@ def bigram_scores(
         layer: Which MLP.
 
     Raises:
-        ValueError: No such layer, or token.
+        ValueError: No such layer, no tokens, or one outside the vocabulary.
         TypeError: The layer is not bilinear.
     """
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"layer must lie between 0 and {model.cfg.n_layers - 1}, got {layer}")
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < model.cfg.d_vocab:
-        raise ValueError(f"tokens must hold ids from 0 to {model.cfg.d_vocab - 1}, got {tokens.tolist()}")
-    block, embedded = model.blocks[layer], model.embed(tokens.to(model.W_E.device))
+    block, embedded = model.blocks[layer], model.embed(_checked_tokens(model, tokens).to(model.W_E.device))
     return model.unembed(model.ln_final(embedded + block.mlp.tensor().apply(block.ln2(embedded))))
 
 
@@ -378,11 +395,12 @@ def bigrams(model: BilinearTransformer, token: str | int, k: int = 10, layer: in
 def contrast(model: BilinearTransformer, token: str | int, others: Sequence[str | int]) -> Float[Tensor, " d_model"]:
     """Return the output direction of one token against the mean of others: "swim" minus run, climb, eat, ...
 
-    What the tokens have in common, as being verbs, drops out (2406.03947, language part). Then
+    What the tokens have in common, as being verbs, drops out (2406.03947, language part). Eigenvectors of the layer
+    for it are named by `virtual_tokens(model).nearest`, and the pairs of virtual tokens that tell "swim" apart are
 
-        eigen(model.blocks[0].mlp.tensor(), contrast(model, "swim", ["run", "climb", "eat"]), k=4)
-
-    has the directions that tell them apart, and `virtual_tokens(model).nearest` their names.
+        direction = contrast(model, "swim", ["run", "climb", "eat", "see", "walk", "fly", "sit", "sleep"])
+        virtual = virtual_tokens(model, direction[None], tokens=frequent)
+        pairs = bilens.top_interactions(virtual.tensor, 10)  # virtual.name(pairs.left[0].item()), ...
 
     Args:
         model: The model.
@@ -395,6 +413,12 @@ def contrast(model: BilinearTransformer, token: str | int, others: Sequence[str 
     if not others:
         raise ValueError("others must hold at least one token, got none")
     return logit_direction(model, token) - torch.stack([logit_direction(model, other) for other in others]).mean(0)
+
+
+def _checked_tokens(model: BilinearTransformer, tokens: Int[Tensor, " token"]) -> Int[Tensor, " token"]:
+    if not len(tokens) or not 0 <= tokens.min() <= tokens.max() < model.cfg.d_vocab:
+        raise ValueError(f"tokens must hold ids from 0 to {model.cfg.d_vocab - 1}, got {tokens.tolist()}")
+    return tokens
 
 
 def _word(model: BilinearTransformer, token: int) -> str:

@@ -421,8 +421,8 @@ def modified(found: Modified) -> go.Figure:
     figure = bars(dict(zip(names, found.change.tolist(), strict=True)), "Default features modified most", "change")
     figure.data[0].update(
         marker_color=[POSITIVE if gain > 0 else NEGATIVE for gain in found.gain.tolist()],
-        customdata=_rounded(found.gain),
-        hovertemplate="%{x}: %{y:.3f}, gain %{customdata}<extra></extra>",
+        customdata=list(zip(_rounded(found.gain), _rounded(found.excess), strict=True)),
+        hovertemplate="%{x}: %{y:.3f}, gain %{customdata[0]}, %{customdata[1]} × chance<extra></extra>",
     )
     return figure
 

@@ -127,6 +127,16 @@ def test_a_planted_modifier_is_found_first_and_its_gain_is_exact():
     close(found.written, torch.stack((-2 * B.down[:, 3], 0.5 * B.down[:, 1])))
 
 
+def test_excess_is_one_on_average_over_a_basis_of_modifiers():
+    """A layer whose left factor is the identity: input features are the modifiers themselves."""
+    B = BilinearTensor(random(4, WIDTH), torch.eye(WIDTH, dtype=torch.float64), random(WIDTH, WIDTH, seed=1))
+    defaults, squares = default_features(B), torch.zeros(WIDTH, dtype=torch.float64)
+    for modifier in torch.linalg.qr(random(WIDTH, WIDTH, seed=2)).Q:
+        found = most_modified(B, defaults, 3 * modifier, k=WIDTH)
+        squares[found.feature] += found.excess.square() / WIDTH
+    close(squares, torch.ones(WIDTH).double())
+
+
 def test_the_table_holds_most_modified_for_every_modifier():
     B, x = tensor(), sparse()[1]
     defaults = default_features(B, "ica", inputs=x, generator=rng())

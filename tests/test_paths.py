@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bilens
-from bilens import paths, plots
+from bilens import plots
 from bilens.paths import GROUPS, bigram_scores, bigrams, contrast, expand, virtual_input, virtual_tokens
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/fixtures/published-format"
@@ -188,7 +188,8 @@ def test_virtual_tokens_give_what_the_mlp_writes(model):
     through = sum(expand(model, TEXTS, position=-1).written[2:])
     gain = getattr(model.ln_final, "weight", None)
     exactly(virtual.tensor.apply(z) / scale, (through / scale * (1 if gain is None else gain)) @ model.W_U)
-    entering = z @ virtual.writers + paths._gain(model.blocks[0].ln2, model.W_E)[1]
+    shift = getattr(model.blocks[0].ln2, "bias", None)
+    entering = z @ virtual.writers + (0 if shift is None else shift)
     exactly(entering, torch.cat([model.run_with_cache(t)[1]["blocks.0.hook_mlp_in"][:, -1] for t in TEXTS]))
 
 
@@ -198,10 +199,26 @@ def test_virtual_tokens_have_names_and_neighbours(hard):
     assert virtual.tensor.shape == (2, 3 * n_vocab + 3, 3 * n_vocab + 3)  # two heads' shifts, and the constant
     assert virtual.name(virtual.index("head 0.1", dog)) == "head 0.1 of 'dog'"
     assert virtual.name(3 * n_vocab + 1) == "head 0.1 of the norm's shift"
+    assert virtual.name(3 * n_vocab + 2) == "constant"
     assert virtual.index("embedding", dog) == dog
     (name, cosine), *rest = virtual.nearest(-virtual.writers[n_vocab + dog], k=4)
     assert (name, len(rest)) == ("head 0.0 of 'dog'", 3)
     assert cosine == pytest.approx(-1)
+
+
+def test_some_tokens_are_columns_of_all(hard):
+    ids = torch.tensor([hard.to_single_token(word) for word in ("dog", "cat", "mat")])
+    direction = contrast(hard, "dog", ["cat", "mat"])[None]
+    some, whole = virtual_tokens(hard, direction, ids), virtual_tokens(hard, direction)
+    n_vocab = hard.cfg.d_vocab
+    columns = torch.cat([*(leg * n_vocab + ids for leg in range(3)), 3 * n_vocab + torch.arange(3)])
+    exactly(some.tensor.left, whole.tensor.left[:, columns])
+    assert [some.name(i) for i in range(12)] == [whole.name(i) for i in columns.tolist()]
+    assert some.index("head 0.1", ids[1].item()) == 7
+    pairs = bilens.top_interactions(some.tensor, 1)
+    matrix = whole.tensor.matrix(torch.ones(1, dtype=torch.float64))[columns][:, columns]
+    both = matrix + matrix.triu(1) - matrix.tril(-1)
+    assert pairs.value.abs().item() == pytest.approx(both.abs().max().item())
 
 
 # -- bigrams ----------------------------------------------------------------------------------------------------------
@@ -259,7 +276,10 @@ def test_bad_input_is_named(hard):
         (lambda: expand(hard, ""), "text must hold a token besides BOS"),
         (lambda: expand(hard, TEXT, position=9), "position must lie between -5 and 4 in text 0, got 9"),
         (lambda: virtual.index("head 1.0", 3), "leg must be one of embedding, head 0.0, head 0.1, got 'head 1.0'"),
-        (lambda: virtual.index("embedding", 10**6), "token must lie between 0 and"),
+        (lambda: virtual.index("embedding", 10**6), "token must be the id of one of these 74 tokens, got 1000000"),
+        (lambda: virtual.name(225), "index must lie between 0 and 224, got 225"),
+        (lambda: virtual_tokens(hard, tokens=torch.tensor([-1])), "tokens must hold ids from 0 to 73, got"),
+        (lambda: virtual_tokens(hard, torch.zeros(2, 3)), r"out must have shape \[n, 16\], got \[2, 3\]"),
         (lambda: virtual.nearest(torch.zeros(3)), r"direction must have shape \[16\], got \[3\]"),
         (lambda: bigram_scores(hard, torch.tensor([10**6])), "tokens must hold ids from 0 to"),
         (lambda: bigrams(hard, "cat", layer=1), "layer must lie between 0 and 0, got 1"),
