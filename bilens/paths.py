@@ -26,7 +26,7 @@ class Paths:
 
     Without a product: "direct" (the stream that enters the layer, straight to the logits) and "head". Through the MLP,
     left × right factor: "direct × direct", "head × direct", "direct × head", "head × head". "bias" is every path on
-    which a bias lies, of the MLP or as the shift of a norm. All is float64.
+    which a bias lies: of the MLP, of attention's output, or as the shift of a norm. All is float64.
     """
 
     layer: int
@@ -152,11 +152,12 @@ def expand(
     hook = f"blocks.{last}.hook_resid_post"
     came, found = split_residual(model, locate(model, text, position), last, {hook})
     n_heads = model.cfg.n_heads
-    direct, heads = came.values[:, :-n_heads].sum(1, keepdim=True), came.values[:, -n_heads:]
-    parts = torch.cat((torch.zeros_like(direct), direct, heads), 1)
-    entering = with_unit(parts, came.factor, came.shift)
+    bias = model.blocks[last].attn.b_O.detach().double().expand_as(came.values[:, :1])
+    direct, heads = came.values[:, :-n_heads].sum(1, keepdim=True) - bias, came.values[:, -n_heads:]
+    entering = with_unit(torch.cat((bias, direct, heads), 1), came.factor, came.shift)
     entering = entering if tensor.constant else entering[..., :-1]
     through = torch.cat([_through_mlp(tensor, some) for some in entering.split(_POSITIONS)], 1)
+    through[-1] += bias[:, 0]
     factor, shift = norm_parts(model.ln_final, found[hook])
     return Paths(
         layer=last,

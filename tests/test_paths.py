@@ -22,6 +22,10 @@ VARIANTS = {
     "bilinear attention": {"attention": "bilinear"},
     "bilinear attention, shift": {"attention": "bilinear", "norm": "rms_gain_shift"},
 }
+LLAMA = {
+    "attention biases": {"attn_bias": (True, True), "mlp_bias": (True, True), "norm": "rms_gain_shift"},
+    "grouped, tied, windowed": {"n_key_value_heads": 1, "tied": True, "window": 3, "norm": "rms_gain", "eps": 1e-5},
+}
 TEXT, TEXTS = "the big dog sat", ["the big dog sat on the mat", "once", "a cat ran, and saw"]
 
 
@@ -56,10 +60,11 @@ def test_the_groups_sum_to_the_logits(model):
     assert found.miss < 1e-13
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_last_layer_of_a_deeper_model(make_model, variant):
-    model = make_model(n_layers=3, **VARIANTS[variant])
-    for layer in (None, 2):
+@pytest.mark.parametrize("variant", [*VARIANTS, *LLAMA])
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_the_last_layer_of_any_model(make_model, variant, n_layers):
+    model = make_model(n_layers=n_layers, **(VARIANTS | LLAMA)[variant])
+    for layer in (None, n_layers - 1):
         exactly(expand(model, TEXTS, layer).logits(), logits_of(model, TEXTS))
 
 
@@ -127,6 +132,24 @@ def test_without_attention_only_direct_paths_and_biases_are_left(hard):
     direct = sum(found.logits(group) for group in ("direct", "direct × direct", "bias"))
     exactly(direct, hard.run_with_hooks(TEXT, fwd_hooks=silent)[0, 1:])
     assert found.logits("head × direct").abs().max() == 0
+
+
+def test_an_output_bias_of_attention_is_a_bias(make_model):
+    """Held norms, and neither embedding nor heads: what is left of the model is its biases."""
+    model = make_model(n_layers=1, **LLAMA["attention biases"])
+    found = expand(model, TEXT)
+    _, cache = model.run_with_cache(TEXT)
+    held = [frozen(cache, name) for name in ("blocks.0.ln2.hook_scale", "ln_final.hook_scale")]
+    only = ("blocks.0.hook_resid_mid", lambda value, hook: model.blocks[0].attn.b_O.expand_as(value))
+    exactly(found.logits("bias"), model.run_with_hooks(TEXT, fwd_hooks=[only, *held])[0, 1:] + crossed(found, model))
+
+
+def crossed(found, model):
+    """Return the paths with a bias in one factor and a part in the other, which the biases alone do not have."""
+    total = torch.stack([found.table(token).sum((1, 2)) for token in range(model.cfg.d_vocab)], 1)
+    kept = torch.stack([found.table(token)[:, 1:, 1:].sum((1, 2)) for token in range(model.cfg.d_vocab)], 1)
+    alone = torch.stack([found.table(token)[:, 0, 0] for token in range(model.cfg.d_vocab)], 1)
+    return total - kept - alone
 
 
 def test_the_table_splits_a_logit_by_parts(model):
@@ -260,6 +283,8 @@ def test_what_does_not_expand_is_refused_by_name(make_model):
         ValueError, match=r"layer must be the last one, 1: .* its paths do not sum to the logits; got 0"
     ):
         expand(make_model(), TEXT, layer=0)
+    with pytest.raises(ValueError, match="model must have no attention biases"):
+        virtual_tokens(make_model(n_layers=1, **LLAMA["attention biases"]))
     gated = make_model(n_layers=1, mlp="gated", act="silu")
     for use in (expand, virtual_tokens, bigrams):
         with pytest.raises(TypeError, match=r"only a bilinear MLP .* this one is gated"):
