@@ -18,7 +18,8 @@ from rich.table import Table
 if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner
     from .attribution import Attribution
     from .cards import Card, FeatureCards
-    from .circuits import FeatureLayer, NegationCircuit
+    from .circuits import FeatureLayer
+    from .couplings import CouplingTest, NegationCouplings
     from .interactions import Interactions
     from .interventions import CircuitTest
     from .motifs import Discoveries
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "circuits", help="rank a layer, search it for motifs, test them, write a report (default)"
     )
     one.add_argument("model", nargs="?", default="bilens-mini", help="bilens-mini, a folder or a Hub repository")
-    one.add_argument("--layer", type=int, help="which layer (default: where the negation circuit is strongest)")
+    one.add_argument("--layer", type=int, help="which layer (default: where negators flip sentiment most)")
     one.add_argument("--text", help="text to test on: a file, or a Hub dataset (default: sampled from the model)")
     one.add_argument("--features", type=int, default=6, help="output features to report in detail")
     one.add_argument("--tests", type=int, default=1, help="of how many the strongest pair is tested on the text")
@@ -95,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 def run_circuits(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Rank a layer, search it, test what was found, and write the report."""
     began = time.perf_counter()
+    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     with console.status("loading model and SAEs ..."):
         import bilens
         from bilens import circuits, report
@@ -104,16 +108,16 @@ def run_circuits(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         layers = range(model.cfg.n_layers) if args.layer is None else [args.layer]
         lenses = {i: circuits.FeatureLayer.load(model, i, saes) for i in layers}
         texts = read_texts(args.text) if args.text else None
+    generator = torch.Generator().manual_seed(args.seed)
     n_features = lenses[layers[0]].out.cfg.d_sae
     console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features at each end of an MLP")
-    with console.status("locating the sentiment-negation circuit ..."):
-        negation = find_negation(lenses)
-    lens = lenses[negation.layer if negation else layers[len(layers) // 2]]
+    with console.status("asking in which layer negators flip sentiment ..."):
+        couplings = find_couplings(lenses, generator)
+    lens = lenses[args.layer if args.layer is not None else strongest_layer(couplings, len(layers) // 2)]
     with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
         strongest = bilens.top_interactions(lens.tensor, 100, out=lens.readers, inp=lens.writers)
         ranking = circuits.outliers(lens)
     print_ranking(console, lens, strongest)
-    generator = torch.Generator().manual_seed(args.seed)
     with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
         found = circuits.search(lens, generator=generator, null=args.null, n=args.draws)
     with console.status("sampling text from the model ..."):
@@ -121,32 +125,59 @@ def run_circuits(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
     tested = run_tests(args, console, lens, found, chosen, dataset, generator)
     with console.status("testing predictions on text ..."):
-        chosen = list(dict.fromkeys(chosen + ([negation.feature] if negation else [])))
         findings = report.describe(lens, chosen, dataset, found, tested)
     print_findings(console, found, findings)
-    if negation is not None:
-        print_negation(console, negation)
+    with console.status(f"testing negation in layer {lens.layer} on text ..."):
+        coupling_test = test_couplings(lens, couplings, dataset, args.controls, generator)
+    print_negation(console, couplings, coupling_test)
     source = args.text or f"{len(dataset)} texts sampled from the model itself"
     out = args.out or (None if args.json else REPORT)
     if out is not None:
         path = report.write_report(
-            out, lens, findings, discoveries=found, ranking=ranking, strongest=strongest, negation=negation,
-            generator=generator, title=f"{args.model}, layer {lens.layer}",
+            out, lens, findings, discoveries=found, ranking=ranking, strongest=strongest,
+            couplings=couplings, coupling_test=coupling_test, generator=generator,
+            title=f"{args.model}, layer {lens.layer}",
             note=f"bilens {bilens.__version__}, seed {args.seed}; predictions tested on {source}.",
         )  # fmt: skip
         console.print(f"report: {path}  ({time.perf_counter() - began:.0f} s)")
     about = {"model": args.model, "layer": lens.layer, "seed": args.seed, "text": source, "fdr": found.fdr}
+    about["negation"] = None if couplings is None else report.couplings_to_json(couplings, coupling_test)
     return about | {"discoveries": len(found.found), "findings": report.to_json(lens, findings)}
 
 
-def find_negation(lenses: "dict[int, FeatureLayer]") -> "NegationCircuit | None":
-    """Return the circuit, or None where no layer has one."""
-    from bilens import circuits
+def find_couplings(lenses: "dict[int, FeatureLayer]", generator: torch.Generator) -> "NegationCouplings | None":
+    """Ask every layer whether negators flip sentiment; None, with the reason, where the cards cannot tell them."""
+    from bilens.couplings import negation_couplings
 
     try:
-        return circuits.find_negation(lenses)
+        return negation_couplings(lenses, generator=generator)
     except ValueError as error:
-        print(f"no negation circuit: {error}", file=sys.stderr)
+        print(f"negation not looked for: {error}", file=sys.stderr)
+        return None
+
+
+def strongest_layer(couplings: "NegationCouplings | None", default: int) -> int:
+    """Return the layer where the groups are coupled most significantly."""
+    return default if couplings is None else couplings.layers[int(couplings.q.argmin())].layer
+
+
+def test_couplings(
+    lens: "FeatureLayer",
+    couplings: "NegationCouplings | None",
+    dataset: Sequence[str] | torch.Tensor,
+    n_controls: int,
+    generator: torch.Generator,
+) -> "CouplingTest | None":
+    """Take the layer's products of negators and sentiment out of the running model."""
+    from bilens.couplings import test_coupling
+
+    if couplings is None:
+        return None
+    here = next(one for one in couplings.layers if one.layer == lens.layer)
+    try:
+        return test_coupling(lens, here, dataset, generator=generator, n_controls=n_controls, max_windows=16)
+    except ValueError as error:
+        print(f"negation not tested: {error}", file=sys.stderr)
         return None
 
 
@@ -215,18 +246,21 @@ def print_findings(console: Console, found: "Discoveries", findings: "Sequence[F
     console.print(table)
 
 
-def print_negation(console: Console, found: "NegationCircuit") -> None:
-    """Print the sentiment-negation circuit."""
-    what = "not good" if found.target[1] == "positive" else "not bad"
-    console.print(
-        f"[b]sentiment negation[/b] in layer {found.layer}: output feature {found.feature} stands for “{what}”"
-    )
-    for role, index in (("negation", found.negation), ("sentiment", found.sentiment)):
-        console.print(f"  {role} feature {index}: {found.labels[role]}", markup=False)
-    console.print(
-        f"  coefficient {found.coefficient:+.3f}, number {found.rank} of its pairs by strength; mean pre-activation "
-        + ", ".join(f"{name} {value:.2f}" for name, value in found.removals.items())
-    )
+def print_negation(console: Console, couplings: "NegationCouplings | None", test: "CouplingTest | None") -> None:
+    """Print whether negators flip sentiment: by the weights of every layer, and by the running model in this one."""
+    if couplings is None:
+        return
+    console.print("[b]sentiment negation[/b]: negators × sentiment → good less bad words; a negative z flips")
+    for one, q in zip(couplings.layers, couplings.q.tolist(), strict=True):
+        sizes = f"{len(one.left.features)} × {len(one.right.features)} features"
+        console.print(f"  layer {one.layer}: {sizes}, z = {one.z[0]:+.2f}, q = {q:.2g}", markup=False)
+    if test is not None:
+        ranks = test.percentile
+        console.print(
+            f"  without their products in layer {test.coupling.layer}: predicted and measured change correlate "
+            f"{test.correlation:.3f}; KL at percentile {ranks['kl']:.0f}, loss at {ranks['loss']:.0f} of "
+            f"{len(test.scale)} random groups"
+        )
 
 
 # -- bilens attribute -------------------------------------------------------------------------------------------------

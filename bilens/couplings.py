@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .circuits import ADJECTIVES, FeatureLayer
@@ -309,7 +309,7 @@ class CouplingTest:
 def test_coupling(
     lens: FeatureLayer,
     coupling: Coupling,
-    texts: Sequence[str],
+    texts: Sequence[str] | Int[Tensor, "row seq"],
     *,
     generator: torch.Generator,
     output: int = 0,
@@ -321,7 +321,7 @@ def test_coupling(
     Args:
         lens: The layer.
         coupling: What `couple` or `negation_couplings` returned for it.
-        texts: Texts.
+        texts: Texts, or token windows.
         generator: Source of the controls.
         output: Which of the coupling's output directions is read.
         n_controls: Groups of other features in place of the left one.
@@ -335,7 +335,7 @@ def test_coupling(
     if not 0 <= output < len(coupling.outputs):
         raise ValueError(f"output must lie between 0 and {len(coupling.outputs) - 1}, got {output}")
     left, right = coupling.left.features.tolist(), coupling.right.features.tolist()
-    rows = to_rows(lens.model, list(texts))
+    rows = to_rows(lens.model, texts)
     together = torch.zeros_like(rows.counts)
     for start in range(0, len(rows.tokens), _ROWS):
         some = trim(Rows(*(part[start : start + _ROWS] for part in rows)))

@@ -19,11 +19,13 @@ from torch import Tensor
 from . import plots
 from .cards import FeatureCards
 from .circuits import FeatureLayer, NegationCircuit, Outliers, Prediction, pairs, predict_all, top_eigen
+from .couplings import CouplingTest, NegationCouplings
 from .interactions import Interactions
 from .interventions import CircuitTest
-from .motifs import Discoveries, Discovery
+from .motifs import Discoveries, Discovery, Group
 
 _SHOWN = 14  # input features of a heat map and of the graph's pairs
+_MEMBERS = 12  # features of a coupling's groups that are named
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,6 +86,8 @@ def write_report(
     ranking: Outliers | None = None,
     strongest: Interactions | None = None,
     negation: NegationCircuit | None = None,
+    couplings: NegationCouplings | None = None,
+    coupling_test: CouplingTest | None = None,
     generator: torch.Generator | None = None,
     title: str = "bilens report",
     note: str = "",
@@ -101,7 +105,9 @@ def write_report(
         discoveries: What the search found in all output features.
         ranking: Output features by spectral outliers.
         strongest: The strongest pairs of the whole layer.
-        negation: The sentiment-negation circuit, if it has been located.
+        negation: The strongest single pair of negation and sentiment, if it has been located.
+        couplings: Negators and sentiment as groups, layer by layer.
+        coupling_test: Their products taken out of the running model.
         generator: Of the random output directions whose spectra are drawn; no such band if `None`.
         title: Heading.
         note: A sentence on where the numbers come from.
@@ -112,10 +118,12 @@ def write_report(
     null = None if generator is None else _null_spectrum(lens, generator)
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=muted>{escape(note)}</p>" if note else ""]
     parts.append(_summary(lens, findings, discoveries))
+    if couplings is not None:
+        parts.append(_couplings(lens, couplings, coupling_test))
     if negation is not None:
         parts.append(_negation(negation))
     parts += [_finding(lens, one, number, null) for number, one in enumerate(findings, 1)]
-    parts.append(_cards(lens, findings))
+    parts.append(_cards(lens, findings, [] if couplings is None else _members(lens, couplings)))
     parts.append(_layer(lens, ranking, strongest))
     path = Path(path)
     path.write_text(_page(title, "".join(parts)), encoding="utf-8")
@@ -147,8 +155,9 @@ def _plot(figure: go.Figure, says: str) -> str:
     drawn = json.loads(figure.to_json())
     drawn["layout"].pop("template", None)
     data = json.dumps(drawn, separators=(",", ":")).replace("</", "<\\/")
+    style = f"height:{drawn['layout']['height']}px"  # reserved, so that what is below does not move when it is drawn
     return (
-        f'<figure><div class="plot" role="img" aria-label="{escape(says)}"></div>'
+        f'<figure><div class="plot" role="img" aria-label="{escape(says)}" style="{style}"></div>'
         f'<script type="application/json">{data}</script><figcaption>{escape(says)}</figcaption></figure>'
     )
 
@@ -397,9 +406,9 @@ def _tested(test: CircuitTest | None) -> str:
 # -- cards ------------------------------------------------------------------------------------------------------------
 
 
-def _cards(lens: FeatureLayer, findings: Sequence[Finding]) -> str:
-    """Return the cards of every feature that the findings link to."""
-    inputs: dict[int, None] = {}
+def _cards(lens: FeatureLayer, findings: Sequence[Finding], others: Sequence[int]) -> str:
+    """Return the cards of every feature that the findings link to, and of some other input features."""
+    inputs = dict.fromkeys(others)
     for one in findings:
         inputs |= dict.fromkeys(_legs(lens, one))
     parts = [_card(lens, "out", one.feature) for one in findings]
@@ -499,6 +508,62 @@ def _layer(lens: FeatureLayer, ranking: Outliers | None, strongest: Interactions
     return f'<section aria-labelledby="h-layer"><h2 id="h-layer">The whole layer</h2>{"".join(parts)}</section>'
 
 
+def _members(lens: FeatureLayer, couplings: NegationCouplings) -> list[int]:
+    """Return the input features of this layer's groups that are named."""
+    here = [one for one in couplings.layers if one.layer == lens.layer]
+    return [i for one in here for group in (one.left, one.right) for i in _strongest(group)]
+
+
+def _strongest(group: Group) -> list[int]:
+    return group.features[group.weights.abs().argsort(descending=True, stable=True)][:_MEMBERS].tolist()
+
+
+def _couplings(lens: FeatureLayer, found: NegationCouplings, test: CouplingTest | None) -> str:
+    """Return negators and sentiment as groups: the weights' answer layer by layer, and the running model's."""
+    rows = []
+    for one, q in zip(found.layers, found.q.tolist(), strict=True):
+        numbers = (one.value[0].item(), one.z[0].item(), one.p[0].item(), q)
+        rows.append((f"layer {one.layer}", len(one.left.features), len(one.right.features), *numbers))
+    header = ("layer", "negators", "sentiment features", "mean interaction", "z", "p", "q")
+    caption = "Negators × sentiment → logits of good less bad words; a negative value flips the sentiment"
+    groups = "".join(
+        f"<li><b>{group.role}</b>: {', '.join(_link(lens, 'inp', i) for i in _strongest(group))}"
+        f"{f', and {len(group.features) - _MEMBERS} more' if len(group.features) > _MEMBERS else ''}</li>"
+        for one in found.layers
+        if one.layer == lens.layer
+        for group in (one.left, one.right)
+    )
+    return (
+        '<section aria-labelledby="h-groups"><h2 id="h-groups">Negators × sentiment, as groups</h2>'
+        f"{_table(caption, header, rows)}<p>Groups of layer {lens.layer}, found by their feature cards alone:</p>"
+        f"<ul>{groups}</ul>{_coupling_tested(test)}</section>"
+    )
+
+
+def _coupling_tested(test: CouplingTest | None) -> str:
+    if test is None:
+        return ""
+    ranks, again, n = test.percentile, test.percentile_rescaled, len(test.scale)
+    kl = test.effect.kl[0].item()
+    figures = [
+        _plot(
+            plots.predicted_measured(test.predicted, test.measured),
+            f"Predicted and measured change of good less bad correlate {test.correlation:.4f} at "
+            f"{len(test.measured)} positions",
+        ),
+        _plot(
+            plots.among(kl, test.controls.kl, "Effect on the predictions", "KL, nats"),
+            f"KL of removing all their products, {kl:.3g}, among {n} random groups: percentile {ranks['kl']:.0f}",
+        ),
+    ]
+    return (
+        f"<h3>Tested by editing the running model</h3><p>All products of the two groups were taken out of layer "
+        f"{test.coupling.layer} at {len(test.measured)} positions. Among {n} random groups in place of the negators "
+        f"the KL is at percentile {ranks['kl']:.0f}, the loss at {ranks['loss']:.0f}; at equal strength at "
+        f"{again['kl']:.0f} and {again['loss']:.0f}.</p><div class=row>{''.join(figures)}</div>"
+    )
+
+
 def _negation(found: NegationCircuit) -> str:
     sentences = {("plain", "positive"): "good", ("plain", "negative"): "bad"}
     sentences |= {("negated", "positive"): "not good", ("negated", "negative"): "not bad"}
@@ -514,7 +579,8 @@ def _negation(found: NegationCircuit) -> str:
     by_kind = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
     without = ", ".join(f"{name} {value:.2f}" for name, value in found.removals.items())
     return (
-        f'<section aria-labelledby="h-negation"><h2 id="h-negation">Sentiment negation: “{target}”</h2>'
+        '<section aria-labelledby="h-negation"><h2 id="h-negation">'
+        f"The single pair nearest to sentiment negation: “{target}”</h2>"
         + _table("Features of the template sentences", ("role", "feature", "most active at", "AUROC"), rows)
         + f"<p>The weights give negation × sentiment the coefficient <b>{found.coefficient:+.3f}</b> in the output "
         f"feature, number {found.rank} of all its pairs by strength. In the {100 * found.coverage:.0f} % of the "
@@ -544,6 +610,26 @@ def to_json(lens: FeatureLayer, findings: Sequence[Finding]) -> list[dict[str, A
         findings: From `describe`.
     """
     return [_finite(_as_dict(lens, one)) for one in findings]
+
+
+def couplings_to_json(found: NegationCouplings, test: CouplingTest | None = None) -> dict[str, Any]:
+    """Return negation couplings, and the test of one of them, as plain numbers.
+
+    Args:
+        found: From `couplings.negation_couplings`.
+        test: From `couplings.test_coupling`.
+    """
+    layers = [
+        {"layer": one.layer, "value": one.value[0].item(), "z": one.z[0].item(), "p": one.p[0].item(), "q": q}
+        | {group.role: group.features.tolist() for group in (one.left, one.right)}
+        for one, q in zip(found.layers, found.q.tolist(), strict=True)
+    ]
+    if test is None:
+        return {"layers": layers, "test": None}
+    effect = {name: value[0].item() for name, value in test.effect._asdict().items()}
+    tested = {"layer": test.coupling.layer, "positions": len(test.measured), "correlation": test.correlation}
+    tested |= {"effect": effect, "percentile": test.percentile, "percentile_rescaled": test.percentile_rescaled}
+    return _finite({"layers": layers, "test": tested | {"controls": len(test.scale)}})
 
 
 def _as_dict(lens: FeatureLayer, one: Finding) -> dict[str, Any]:

@@ -1,18 +1,24 @@
 """The command as a user runs it: offline, in an empty folder, on the embedded model."""
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 
 import pytest
-from plotly.offline import get_plotlyjs
+import torch
+from sae_lens import TopKSAE
+
+import bilens
+from bilens.__main__ import main
 
 
 def run(folder, *args):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     command = [sys.executable, "-m", "bilens", *args]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +27,13 @@ def main_job(tmp_path_factory):
     return run(folder), folder
 
 
-def test_the_main_job_prints_a_table_and_says_where_the_report_is(main_job):
+def test_the_main_job_prints_tables_and_says_where_the_report_is(main_job):
     done, folder = main_job
     assert done.returncode == 0, done.stderr
-    assert "strongest feature pairs" in done.stdout
+    assert "strongest feature pairs of layer 3" in done.stdout
     assert "sentiment negation" in done.stdout
+    q = float(re.search(r"layer 3: \d+ × \d+ features, z = -\d\.\d\d, q = ([\d.e-]+)", done.stdout)[1])
+    assert q < 0.01
     assert len(re.findall(r"[+-]\d\.\d{3}\s", done.stdout)) >= 10
     assert [path.name for path in folder.iterdir()] == ["bilens-report.html"]
     assert re.sub(r"\s", "", str(folder / "bilens-report.html")) in re.sub(r"\s", "", done.stdout)
@@ -33,18 +41,102 @@ def test_the_main_job_prints_a_table_and_says_where_the_report_is(main_job):
 
 def test_the_report_is_self_contained(main_job):
     html = (main_job[1] / "bilens-report.html").read_text()
-    assert get_plotlyjs() in html  # the library itself, whose code mentions links that a page does not load
-    html = html.replace(get_plotlyjs(), "")
-    outside = re.findall(r"""(?:src|href)\s*=\s*["']?https?://""", html)
-    assert not outside
-    for part in ("Spectrum", "Interactions of its strongest", "Where it is most active", "Sentiment negation"):
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?https?://""", html)
+    for part in ("Eigenvalues;", "Negators × sentiment, as groups", "Feature cards", "tested by editing"):
         assert part in html
-    assert html.count("Plotly.newPlot(") >= 2 + 4 * 6
+    assert html.count('<div class="plot"') >= 4 * 6 + 3 + 2
 
 
-def test_a_mistyped_model_is_one_line_with_a_hint(tmp_path):
-    done = run(tmp_path, "bilens-mni")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "bilens-mini" in done.stderr
+@pytest.fixture(scope="module")
+def few_features(tmp_path_factory):
+    """SAEs of layer 1 cut to their first 64 features, without cards."""
+    folder = tmp_path_factory.mktemp("saes")
+    for hook in ("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"):
+        sae = bilens.saes.load("bilens-mini", hook)
+        small = TopKSAE(dataclasses.replace(sae.cfg, d_sae=64))
+        with torch.no_grad():
+            for name, value in small.named_parameters():
+                whole = sae.get_parameter(name)
+                value.copy_(whole[:, :64] if name == "W_enc" else whole if name == "b_dec" else whole[:64])
+        bilens.saes.save(small, folder / hook)
+    return folder
+
+
+def test_circuits_of_a_chosen_layer_as_json(few_features, tmp_path):
+    brief = ("--draws", "200", "--controls", "4", "--features", "2", "--layer", "1")
+    done = run(tmp_path, "circuits", "--saes", str(few_features), "--json", *brief)
+    assert done.returncode == 0, done.stderr
+    assert "negation not looked for: lenses must have feature cards" in done.stderr
+    found = json.loads(done.stdout)
+    assert (found["layer"], found["negation"], len(found["findings"])) == (1, None, 2)
+    assert {"feature", "eigenvalues", "motifs", "pairs", "pearson_active"} <= set(found["findings"][0])
     assert not list(tmp_path.iterdir())
+
+
+def test_attribute_sums_to_the_model(tmp_path):
+    text = "the movie was not good"
+    graph = tmp_path / "graph.json"
+    done = run(tmp_path, "attribute", text, "--layer", "2", "--feature", "887", "--json", "--graph", str(graph))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    parts = [found[name] for name in found if " " in name or name == "bias"]
+    assert sum(parts) == pytest.approx(found["model"], rel=1e-5)
+    assert found["total"] == pytest.approx(found["model"], rel=1e-5)
+    assert len(found["terms"]) == 10
+    assert json.loads(graph.read_text())["metadata"]["schema_version"] == 1
+
+
+def test_features_shows_cards(tmp_path, capsys):
+    done = run(tmp_path, "features", "--layer", "3", "--side", "inp", "--find", "not", "--json")
+    assert done.returncode == 0, done.stderr
+    cards = json.loads(done.stdout)["features"]
+    assert cards
+    assert all("not" in card["name"] for card in cards)
+    assert {"positive", "negative"} <= set(cards[0]["auroc"])
+    assert main(["features", "--layer", "3", "--side", "inp", "--feature", str(cards[0]["feature"])]) == 0
+    shown = capsys.readouterr().out
+    assert cards[0]["name"] in shown
+    assert "promotes" in shown
+
+
+def test_features_makes_cards_of_a_file(tmp_path):
+    rows = [
+        {"text": "the film was bad and dull", "kind": "no"},
+        {"text": "a lovely film, great fun", "kind": "yes"},
+    ] * 4
+    data = tmp_path / "reviews.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("features", "--layer", "1", "--text", str(data), "--label", "kind", "--folder", str(tmp_path / "cards"))
+    done = run(tmp_path, *args, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["provenance"]["texts"] == "8"
+    assert set(found["features"][0]["auroc"]) == {"no", "yes"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["bilens-mni"], "bilens-mini"),
+        (["circuits", "--layer", "4"], "layer"),
+        (["circuits", "--draws", "64"], "--draws must be at least 200, got 64"),
+        (["attribute", "good", "--layer", "2", "--feature", "1024"], "1023"),
+        (["attribute", "good", "--layer", "2", "--feature", "3", "--position", "9"], "position"),
+        (["features", "--layer", "2", "--feature", "1024"], "1023"),
+        (["features", "--layer", "2", "--text", "none.txt"], "none.txt"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_hint(tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("circuits", "attribute", "features"))

@@ -13,7 +13,6 @@
   const draw = (plot) => {
     const { data, layout } = JSON.parse(plot.nextElementSibling.textContent);
     const width = Math.min(layout.width, plot.parentElement.parentElement.clientWidth);
-    plot.style.minHeight = `${layout.height}px`;
     Plotly.newPlot(plot, data, { ...layout, width }, { displayModeBar: false, responsive: false });
   };
   const seen = new IntersectionObserver((entries) => {
