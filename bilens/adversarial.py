@@ -297,7 +297,7 @@ def best_perturbation(
         ValueError: `eps` is not positive, a class is out of range, or target and against are the same.
     """
     B = (model if isinstance(model, BilinearTensor) else model.pixel_tensor()).to(torch.float64)
-    eps = torch.as_tensor(eps).to(x.device, torch.float64).expand(len(x))
+    eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
     if not ((eps > 0) & eps.isfinite()).all():
         raise ValueError(f"eps must be positive and finite, got {eps.min():g} to {eps.max():g}")
     against = torch.full((len(x),), against) if isinstance(against, int) else against
