@@ -92,7 +92,8 @@ class Llama(Layout):
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
         """Tell whether a config is in transformers' words rather than in those of the published bilinear models."""
-        return "num_hidden_layers" in config or config.get("model_type") in {*ARCHITECTURES, *OTHERS}
+        words = {"hidden_size", "num_hidden_layers", "n_embd", "text_config"}
+        return not words.isdisjoint(config) or config.get("model_type") in {*ARCHITECTURES, *OTHERS}
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], path: Path) -> "Llama":
@@ -215,6 +216,8 @@ def read_rope(config: Mapping[str, Any], n_ctx: int, path: Path) -> Rope:
     told = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(told, Mapping):
         raise CheckpointError(f"{path}: rope_scaling and rope_parameters must be objects, got {told!r}")
+    if any(isinstance(value, Mapping) for value in told.values()):
+        raise CheckpointError(f"{path}: rope_parameters must be alike in all layers, got {dict(told)!r}")
     for where in (told, config):
         if where.get("partial_rotary_factor", 1) not in (None, 1):
             raise CheckpointError(

@@ -64,10 +64,10 @@ def originals(tmp_path_factory):
             original = transformers.AutoModelForCausalLM.from_config(config).eval()
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():  # every weight random, those of norms and biases too
-                for parameter in original.parameters():
-                    spread = 0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+                for key, parameter in original.named_parameters():
+                    spread = 0.5 if parameter.ndim == 1 else 0.7 * parameter.shape[-1] ** -0.5
                     noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.copy_(spread * noise + (parameter.ndim == 1))
+                    parameter.copy_(spread * noise + key.endswith("norm.weight"))
             folder = tmp_path_factory.mktemp("originals") / name
             original.save_pretrained(folder)
             made[name] = original, folder
@@ -126,6 +126,33 @@ def test_logits_are_those_of_transformers(originals, family, ids):
     assert model.ignored_keys == ()
     assert (model(ids) - original(ids).logits).abs().max() <= 1e-5
     assert model.cfg.mlp == ("bilinear" if family == "bilinear" else "gated")
+
+
+class DoubleRotary(torch.nn.Module):
+    """Transformers' rotary embedding without its casts to float32; the frequencies are compared by themselves."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+
+    def forward(self, x, position_ids):
+        angles = position_ids[..., None].double() * self.cfg.rope.frequencies(self.cfg.d_head, torch.float64)
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos() * self.cfg.rope.gain, angles.sin() * self.cfg.rope.gain
+
+
+@torch.no_grad()
+def test_logits_in_float64_are_those_of_transformers_without_its_casts(originals, family, ids):
+    original, folder = originals(family)
+    model = bilens.load(folder, dtype=torch.float64)
+    double = copy.deepcopy(original).double()
+    for name, module in list(double.named_modules()):
+        if name.endswith("norm"):
+            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            double.set_submodule(name, norm)
+    double.model.rotary_emb = DoubleRotary(model.cfg)
+    assert (model(ids) - double(ids).logits).abs().max() <= 1e-12
 
 
 @torch.no_grad()
@@ -376,7 +403,7 @@ def test_cache_decomposes_the_residual_stream(originals, name, ids):
 def test_generation_with_a_cache_is_that_without_also_under_interventions(originals, name, ids):
     model = bilens.load(originals(name)[1], dtype=torch.float64)
     shift = torch.randn(model.cfg.d_head, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    hooks = [("blocks.1.attn.hook_v", lambda v, hook: v + shift)]
+    hooks = [("blocks.1.attn.hook_v", lambda v, hook: shift - 3 * v)]
     runs = [model.generate(ids, 12, temperature=0, fwd_hooks=hooks, use_past_kv_cache=use) for use in (True, False)]
     assert torch.equal(*runs)
     assert not torch.equal(runs[0], model.generate(ids, 12, temperature=0))
@@ -483,6 +510,7 @@ def test_tokenizer_with_an_id_beyond_the_embedding_is_refused(folder):
         ),
         ({"model_type": "mixtral"}, ["got 'mixtral': it is a mixture of experts"]),
         ({"model_type": "gpt_neox"}, ["got 'gpt_neox': its attention and MLP run in parallel"]),
+        ({"model_type": "gpt2", "n_embd": 32}, ["got 'gpt2'"]),
         ({"model_type": "marvellous"}, ["model_type must be one of", "got 'marvellous'"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config must be absent, since quantised weights", "4"]),
         ({"num_local_experts": 8}, ["num_local_experts must be absent, since a mixture of experts", "got 8"]),
@@ -495,6 +523,7 @@ def test_tokenizer_with_an_id_beyond_the_embedding_is_refused(folder):
         ({"rope_scaling": {"type": "linear"}}, ["factor must be a positive number, got nothing"]),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, ["factor must be a positive number, got -1"]),
         ({"rope_scaling": {"type": "yarn", "beta_slow": 40}}, ["kind 'yarn'", "increasing", "(40.0, 32.0)"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ["alike in all layers", "full_attention"]),
         ({"rope_scaling": "linear"}, ["must be objects, got 'linear'"]),
         ({"hidden_act": "relu2"}, ["hidden_act must be one of 'silu'", "got 'relu2'"]),
         ({"rms_norm_eps": 0}, ["rms_norm_eps must be a positive number, got 0"]),
