@@ -139,8 +139,8 @@ def hosvd(B: BilinearTensor, rank: int) -> HOSVD:
 
     `B = Σ_i σ_i u_i ⊗ Q_i` (2410.08417, section 3.3 and appendix D), of the symmetrised tensor and from its Gram matrix
     `Σ_ij B_oij B_pij`, which the factors give without the cube. Truncated at `rank` it is the best approximation with
-    so many output directions. Weights alone decide: an input that never occurs counts like any other, and so does a
-    constant leg.
+    so many output directions; those of close singular values are as arbitrary as eigenvectors of close eigenvalues.
+    Weights alone decide: an input that never occurs counts like any other, and so does a constant leg.
 
     Args:
         B: The layer.
@@ -216,12 +216,14 @@ def cp(
         starts: Fits from different points, of which the best is kept: the layer's heaviest hidden units, slightly
             perturbed, then random rows.
         steps: L-BFGS iterations of each start, at most.
-        tol: A start has converged when 20 iterations lower `1 - cosine²` by less than this fraction.
+        tol: A start has converged when 20 iterations change neither `cosine²` nor `1 - cosine²` by more than this
+            fraction.
         progress: Whether to show a progress bar.
 
     Returns:
-        The terms as a layer of `rank` hidden units, with the cosine in float64. Each iteration costs about
-        `12 · hidden · rank · (2 inp + out) + rank³`, in the dtype of the layer but not below float32.
+        The terms as a layer of `rank` hidden units, in its dtype but not below float32, with their cosine. It costs
+        `hidden² (out + 4 inp)` once and about `12 · hidden · rank · (2 inp + out) + rank³` for each iteration, all in
+        float64.
 
     Raises:
         ValueError: `rank` exceeds what makes the fit exact (`hidden` products, `2 hidden` squares); `terms`, `starts`,
@@ -236,14 +238,14 @@ def cp(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if not 0 <= tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}")
-    B = B.detach().to(torch.promote_types(B.down.dtype, torch.float32))
+    dtype, B = torch.promote_types(B.down.dtype, torch.float32), B.detach().to(torch.float64)
     square = _gram(B).trace().item()
     fits = []
     with tqdm(total=starts * steps, unit="step", disable=not progress) as bar:
         for start in range(starts):
             fits.append(_Fit(B, square, _start(B, rank, terms, start == 0, generator)))
             fits[-1].run(steps, tol, bar)
-    return max(fits, key=lambda fit: fit.history[-1]).result()
+    return max(fits, key=lambda fit: fit.history[-1]).result(dtype)
 
 
 def _symmetric(left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Float[Tensor, "hidden rank"]:
@@ -304,7 +306,7 @@ class _Fit:
             self.history.append(max(0.0, 1 - losses[-1]) ** 0.5)
             bar.set_postfix(cosine=f"{self.history[-1]:.4f}")
             bar.update(count)
-            stalled = len(losses) > 2 and losses[-3] - losses[-1] <= tol * losses[-3]
+            stalled = len(losses) > 2 and losses[-3] - losses[-1] <= tol * min(losses[-3], 1 - losses[-3])
             self.converged = stalled or losses[-1] < 10 * _ridge(self.rows[0])
 
     def _closure(self) -> Float[Tensor, ""]:
@@ -320,16 +322,16 @@ class _Fit:
         with_layer = self.B.down @ _symmetric(self.B.left, self.B.right, a, b)
         return 1 - torch.linalg.solve_triangular(root, with_layer.T, upper=False).square().sum() / self.square
 
-    def result(self) -> CP:
-        """Return the terms, the heaviest first, and what they are worth in the layer's dtype."""
-        B = self.B.to(torch.float64)
-        a, b = _units([row.detach().double() for row in self.rows])
+    def result(self, dtype: torch.dtype) -> CP:
+        """Return the terms, the heaviest first, and what they are worth in that dtype."""
+        B = self.B
+        a, b = _units([row.detach() for row in self.rows])
         terms = _symmetric(a, b, a, b) + _ridge(a) * torch.eye(len(a)).to(a)
         down = torch.linalg.solve(terms, (B.down @ _symmetric(B.left, B.right, a, b)).T).T
         order = down.norm(dim=0).argsort(descending=True)
         signs = [_signs(row) for row in (a, b)]
         down, a, b = down * (signs[0] * signs[1])[:, 0], a * signs[0], b * signs[1]
-        fitted = BilinearTensor(down[:, order], a[order], b[order], B.constant).to(self.B.down.dtype)
+        fitted = BilinearTensor(down[:, order], a[order], b[order], B.constant).to(dtype)
         cosine = _cosine(B, self.square, fitted.to(torch.float64))
         return CP(fitted, cosine, torch.tensor(self.history, dtype=torch.float64), self.steps, self.converged)
 

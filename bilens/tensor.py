@@ -26,7 +26,7 @@ class BilinearTensor:
         constant: Whether the last input leg is the constant 1.
 
     Raises:
-        ValueError: The factors do not fit together.
+        ValueError: The factors do not fit together, or are not torch tensors of one floating dtype on one device.
     """
 
     down: Float[Tensor, "out hidden"]
@@ -35,6 +35,7 @@ class BilinearTensor:
     constant: bool = False
 
     def __post_init__(self):
+        _check_kind({name: getattr(self, name) for name in ("down", "left", "right")})
         shapes = {name: tuple(getattr(self, name).shape) for name in ("down", "left", "right")}
         fits = all(len(shape) == 2 for shape in shapes.values()) and (
             shapes["left"] == shapes["right"] and shapes["down"][1] == shapes["left"][0]
@@ -191,6 +192,18 @@ class BilinearTensor:
 def with_constant(writers: Float[Tensor, "n_in d"], B: BilinearTensor) -> Float[Tensor, "rows inp"]:
     """Give writers the constant as one more leg and as one more writer, if the layer has one."""
     return torch.block_diag(writers, writers.new_ones(1, 1)) if B.constant else writers
+
+
+def _check_kind(factors: dict[str, Tensor]) -> None:
+    """Refuse arrays of other libraries, integers and mixtures, which would fail later and say less."""
+    for name, factor in factors.items():
+        if not isinstance(factor, Tensor):
+            raise ValueError(f"{name} must be a torch tensor, got {type(factor).__name__}; see torch.as_tensor")
+        if not factor.is_floating_point():
+            raise ValueError(f"{name} must hold floating point numbers, got {factor.dtype}")
+    if len({(factor.dtype, factor.device) for factor in factors.values()}) > 1:
+        got = ", ".join(f"{name} {factor.dtype} on {factor.device}" for name, factor in factors.items())
+        raise ValueError(f"factors must have one dtype and one device, got {got}")
 
 
 def _change_input(factor: Tensor, inp: Tensor | None, inp_bias: Tensor | None, constant: bool) -> tuple:

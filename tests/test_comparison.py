@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -230,6 +231,26 @@ def test_the_figure_shows_every_pair_and_checks_the_names():
     assert (figure.data[0].zmin, figure.data[0].zmax) == (-1, 1)
     with pytest.raises(ValueError, match="labels must name each of the 3 layers, got 2"):
         plots.similarity(matrix, ["a", "b"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_raw_arrays_of_somebody_elses_checkpoint_go_through_all_of_the_algebra(dtype):
+    sizes = [(4, 10), (10, 5), (10, 5)]
+    arrays = [np.random.default_rng(i).normal(size=size).astype(dtype) for i, size in enumerate(sizes)]
+    B = bilens.BilinearTensor(*map(torch.from_numpy, arrays))
+    x = torch.from_numpy(np.random.default_rng(3).normal(size=(3, 5)).astype(dtype))
+    y = torch.from_numpy((x.numpy() @ arrays[1].T * (x.numpy() @ arrays[2].T)) @ arrays[0].T)
+    U = torch.eye(4).to(y)
+    terms = bilens.cp(B, 10, generator=torch.Generator().manual_seed(0))
+    again = [bilens.recompose(eigen(B, U), U), bilens.recompose(bilens.hosvd(B, 4)), bilens.recompose(terms)]
+    for one in [*again, terms.squares()]:
+        torch.testing.assert_close(one.apply(x), y, rtol=1e-3, atol=1e-3)
+        assert float(bilens.similarity(B, one)) > 1 - 1e-6
+        assert float(bilens.frobenius_similarity(B, one)) > 1 - 1e-6
+    spaces = bilens.eigenspaces(eigen(B, U[0]), gap=1e-3)
+    assert sum(space.dim for space in spaces) == 5
+    assert 1 <= float(bilens.participation_ratio(eigen(B, U[0]).values)) <= 5
+    assert bilens.top_interactions(B, 3).value.shape == (3,)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

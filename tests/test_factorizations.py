@@ -255,14 +255,6 @@ def test_few_eigenvectors_of_a_hosvd_are_a_layer_too():
     close(recompose(found.eigen(k=3), found.directions).dense(), expected)
 
 
-def test_raw_arrays_of_somebody_elses_checkpoint():
-    arrays = [np.random.default_rng(i).normal(size=size) for i, size in enumerate([(4, 10), (10, 5), (10, 5)])]
-    B = BilinearTensor(*map(torch.from_numpy, arrays))
-    x = random(3, 5)
-    close(recompose(hosvd(B, 4)).apply(x), B.apply(x))
-    close(recompose(cp(B, 10, generator=generator())).apply(x), B.apply(x), 1e-5)
-
-
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 

@@ -222,6 +222,15 @@ def tensor(out=3, inp=4, hidden=2, constant=False):
     [
         (lambda: BilinearTensor(torch.ones(3, 2), torch.ones(5, 4), torch.ones(5, 4)), r"down \[3, 2\], left \[5, 4\]"),
         (lambda: BilinearTensor(torch.ones(3, 2), torch.ones(2, 4), torch.ones(2, 5)), r"right \[2, 5\]"),
+        (lambda: BilinearTensor(torch.ones(3, 2).numpy(), *[torch.ones(2, 4)] * 2), "down must be a torch .* ndarray"),
+        (
+            lambda: BilinearTensor(torch.ones(3, 2), *[torch.ones(2, 4).int()] * 2),
+            "left must hold floating point numbers, got torch.int32",
+        ),
+        (
+            lambda: BilinearTensor(torch.ones(3, 2).double(), *[torch.ones(2, 4)] * 2),
+            "one dtype and one device, got down torch.float64 on cpu, left torch.float32",
+        ),
         (lambda: tensor().apply(torch.ones(2, 5)), r"x must have 4 features .*\[2, 5\]"),
         (lambda: tensor(constant=True).apply(torch.ones(4)), r"x must have 3 features .*\[4\]"),
         (lambda: tensor().matrix(torch.ones(2, 4)), r"u must have 3 entries .*\[2, 4\]"),
