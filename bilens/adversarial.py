@@ -36,7 +36,7 @@ class Masks:
 
 
 def masks(
-    model: ImageClassifier,
+    model: ImageClassifier | BilinearTensor,
     images: ImageSet,
     kind: Kind = "dense",
     n: int = 3,
@@ -52,7 +52,7 @@ def masks(
     the other classes. Residual paths are ignored, as published.
 
     Args:
-        model: A classifier with one layer.
+        model: A classifier with one layer, or a tensor from pixels to classes, where both spaces are the same.
         images: Images to take signs and edge pixels from, 500 of a class at most; not those to evaluate on.
         kind: `"dense"`: divided by its standard deviation; `"edge"`: only pixels of mean brightness below 0.01,
             divided by the standard deviation of its positive entries; `"top"`: divided by its largest magnitude, for
@@ -68,37 +68,37 @@ def masks(
         raise ValueError(f"kind must be 'dense', 'edge' or 'top', got {kind!r}")
     if space not in ("embed", "pixel"):
         raise ValueError(f"space must be 'embed' or 'pixel', got {space!r}")
-    if model.cfg.n_layers != 1:
-        raise ValueError(f"model must have one layer, got {model.cfg.n_layers}")
     if not 1 <= n <= stack:
         raise ValueError(f"n must lie between 1 and stack={stack}, got {n}")
-    decoders, drawn = _decoders(model, stack)
-    E = model.embed.weight.detach()
-    dual = (
-        torch.linalg.pinv(decoders.flatten(0, 1)).T @ E
-        if space == "embed"
-        else torch.linalg.pinv(drawn.flatten(0, 1)).T
-    )
-    dual = dual.unflatten(0, (model.cfg.n_classes, stack))[:, :n]
+    decoders, drawn, embed = _decoders(model, stack)
+    if drawn.shape[2] != images.height * images.width:
+        raise ValueError(f"images must have {drawn.shape[2]} pixels, got {images.height}x{images.width}")
+    inverse = torch.linalg.pinv((decoders if space == "embed" else drawn).flatten(0, 1)).T
+    dual = (inverse @ embed if space == "embed" else inverse).unflatten(0, decoders.shape[:2])[:, :n]
     if kind == "edge":
         edge = images.flat().mean(0) < _EDGE
         if not edge.any():
             raise ValueError(f"images must have pixels of mean brightness below {_EDGE} for edge masks, got none")
         dual = dual * edge
     dual = dual * _signs(drawn[:, :n] if kind == "dense" else dual, images)[..., None]
-    return Masks(dual / _scale(dual, kind), kind, (model.cfg.height, model.cfg.width))
+    return Masks(dual / _scale(dual, kind), kind, (images.height, images.width))
 
 
-def _decoders(model: ImageClassifier, stack: int) -> tuple[Tensor, Tensor]:
-    """Return the most positive eigenvectors of each class, in the embedding and as images."""
-    B = model.tensor(residual=False)
+def _decoders(model: ImageClassifier | BilinearTensor, stack: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the most positive eigenvectors of each class, in the embedding and as images, and the embedding."""
+    if isinstance(model, BilinearTensor):
+        B, embed = model, torch.eye(model.inp - model.constant).to(model.down)
+    else:
+        B, embed = model.tensor(residual=False), model.embed.weight.detach()
+        if model.cfg.n_layers != 1:
+            raise ValueError(f"model must have one layer, got {model.cfg.n_layers}")
     values, vectors = eigen(B, torch.eye(B.out).to(B.down))
     held = int((values > 0).sum(1).min())
     if stack > held:
         raise ValueError(f"stack must be at most {held}, the positive eigenvectors of each class, got {stack}")
     index = values.argsort(dim=1, descending=True)[:, :stack, None].expand(-1, -1, vectors.shape[2])
-    decoders = vectors.gather(1, index)[..., : model.cfg.d_hidden]
-    return decoders, decoders @ model.embed.weight.detach()
+    decoders = vectors.gather(1, index)[..., : len(embed)]
+    return decoders, decoders @ embed, embed
 
 
 def _signs(rows: Float[Tensor, "classes n pixels"], images: ImageSet) -> Float[Tensor, "classes n"]:
@@ -159,7 +159,7 @@ class Attack:
 
 @torch.no_grad()
 def attack(
-    model: ImageClassifier,
+    model: ImageClassifier | BilinearTensor,
     images: ImageSet,
     aimed: Masks,
     strengths: Sequence[int | float],
@@ -174,7 +174,7 @@ def attack(
     mask uses if it is an edge mask. (Published: on the training set, one control, whose negative entries stayed.)
 
     Args:
-        model: The classifier; for masks that are not clipped, of one layer.
+        model: The classifier, or a tensor from pixels to classes; one layer, unless the masks are of top pixels.
         images: Images that neither the model nor the masks were made from.
         aimed: The masks; the i-th row aims at class i.
         strengths: Standard deviations, or numbers of pixels.
@@ -211,11 +211,15 @@ def _permuted(mask: Float[Tensor, " pixels"], kind: Kind, generator: torch.Gener
     return torch.zeros_like(mask).index_copy(0, used, mask[order])
 
 
+def _tensor(model: ImageClassifier | BilinearTensor) -> BilinearTensor:
+    return model if isinstance(model, BilinearTensor) else model.pixel_tensor()
+
+
 class _Quadratic:
     """Predictions along `x + s m`, whose logits are a parabola in s: `f(x) + s (G x + g) + s² f₂(m)`."""
 
-    def __init__(self, model: ImageClassifier, images: ImageSet):
-        self.B = model.pixel_tensor()
+    def __init__(self, model: ImageClassifier | BilinearTensor, images: ImageSet):
+        self.B = _tensor(model)
         self.x = images.flat()
         self.logits = self.B.apply(self.x)
 
@@ -240,14 +244,14 @@ def derivatives(
 class _Clipped:
     """Predictions with the strongest pixels of a mask added and the sum clipped to [0, 1]."""
 
-    def __init__(self, model: ImageClassifier, images: ImageSet):
-        self.model, self.x = model, images.flat()
+    def __init__(self, model: ImageClassifier | BilinearTensor, images: ImageSet):
+        self.logits, self.x = model.apply if isinstance(model, BilinearTensor) else model, images.flat()
 
     def along(self, mask: Float[Tensor, " pixels"], strengths: Sequence[int | float]) -> Iterator[Int[Tensor, " n"]]:
         """Yield the predicted classes with each number of pixels."""
         for n in strengths:
             changed = (self.x + top_pixels(mask, int(n))).clamp(0, 1)
-            yield torch.cat([self.model(part) for part in changed.split(4096)]).argmax(1)
+            yield torch.cat([self.logits(part) for part in changed.split(4096)]).argmax(1)
 
 
 # -- the bound --------------------------------------------------------------------------------------------------------
@@ -296,7 +300,7 @@ def best_perturbation(
     Raises:
         ValueError: `eps` is not positive, a class is out of range, or target and against are the same.
     """
-    B = (model if isinstance(model, BilinearTensor) else model.pixel_tensor()).to(torch.float64)
+    B = _tensor(model).to(torch.float64)
     eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
     if not ((eps > 0) & eps.isfinite()).all():
         raise ValueError(f"eps must be positive and finite, got {eps.min():g} to {eps.max():g}")
@@ -316,13 +320,15 @@ def best_perturbation(
 
 
 @torch.no_grad()
-def reachable(model: ImageClassifier, images: ImageSet, target: int, eps: Sequence[float]) -> Float[Tensor, " eps"]:
+def reachable(
+    model: ImageClassifier | BilinearTensor, images: ImageSet, target: int, eps: Sequence[float]
+) -> Float[Tensor, " eps"]:
     """Return, for each norm, the share of images of other classes that some perturbation could take to the target.
 
     An upper bound on `Attack.targeted` of any mask of that norm: an image counts if the bound of its margin
     `logit_target - logit_own` is positive.
     """
-    B = model.pixel_tensor().to(torch.float64)
+    B = _tensor(model).to(torch.float64)
     counts, total = torch.zeros(len(eps)).double(), 0
     for label in range(B.out):
         x = images.flat()[images.y == label].double()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adversarial import Attack
 from .images import ClassEigen, Explanation, Similarity, Truncation
-from .plots import DIVERGING, INK, NEGATIVE, POSITIVE, _band, _figure, _rounded
+from .plots import DIVERGING, INK, NEGATIVE, POSITIVE, _figure, _rounded
 
 PALETTE = (POSITIVE, NEGATIVE, "#047857", "#7c3aed", "#b45309", "#0e7490")
 
@@ -48,13 +48,14 @@ def image_grid(
         zmax=1,
         showscale=False,
     )
-    size = {"width": 90 + 60 * columns, "height": 90 + 60 * rows * height // width}
+    size = {"width": 100 + 60 * columns, "height": 110 + 60 * rows * height // width}
     figure = _figure(trace, title=title, **size)
     middles = [[place * (step + 1) + step / 2 for place in range(n)] for step, n in ((width, columns), (height, rows))]
     figure.update_xaxes(tickvals=middles[0], ticktext=list(column_names), side="top", showgrid=False, zeroline=False)
     figure.update_yaxes(tickvals=middles[1], ticktext=list(row_names), autorange="reversed", showgrid=False)
-    figure.update_yaxes(zeroline=False, automargin=True)
-    figure.update_layout(title={"y": 0.98, "yanchor": "top"}, margin={"t": 80})
+    figure.update_yaxes(zeroline=False, automargin=True, scaleanchor="x", constrain="domain")
+    figure.update_layout(title={"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}})
+    figure.update_layout(margin={"l": 70, "r": 20, "t": 80, "b": 20})
     return figure
 
 
@@ -92,7 +93,7 @@ def truncation(curves: Mapping[str, Truncation]) -> go.Figure:
         traces.append(_line(k, 1 - curve.accuracy, name, color))
         traces.append(_line([k[0], k[-1]], torch.full((2,), 1 - curve.full), f"{name}, all", color, "dot"))
     figure = _figure(*traces, title="Error with k eigenvectors of each class", xaxis_title="k")
-    figure.update_yaxes(type="log", title="error on test images")
+    figure.update_yaxes(type="log", dtick=1, title="error on test images")
     figure.update_layout(showlegend=True)
     return figure
 
@@ -101,11 +102,10 @@ def similarity(found: Mapping[str, Similarity], title: str = "Similarity across 
     """Plot mean |cosine| of matched eigenvectors by rank with 90 % intervals (2410.08417, figure 5A)."""
     traces = []
     for place, (name, one) in enumerate(found.items()):
-        color = PALETTE[place % len(PALETTE)]
-        ranks = range(1, len(one.mean) + 1)
-        band = _band(list(ranks), *map(_rounded, one.interval()), color)
-        traces += [trace.update(showlegend=False) for trace in band]
-        traces.append(_line(ranks, one.mean, name, color).update(mode="lines+markers"))
+        low, high = one.interval()
+        line = _line(range(1, len(one.mean) + 1), one.mean, name, PALETTE[place % len(PALETTE)])
+        bars = {"type": "data", "array": _rounded(high - one.mean), "arrayminus": _rounded(one.mean - low), "width": 3}
+        traces.append(line.update(mode="lines+markers", error_y=bars))
     figure = _figure(*traces, title=title, xaxis_title="rank", yaxis_title="|cosine|")
     figure.update_layout(showlegend=True)
     figure.update_yaxes(range=[0, 1])
@@ -126,6 +126,20 @@ def explanation(found: Explanation, names: Sequence[str], classes: int = 3, n: i
     figure = _figure(*traces, title=f"What adds to each logit: the {n} strongest eigenvectors", width=720)
     figure.update_layout(showlegend=True, xaxis_title="rank by value", yaxis_title="λ (v·x)²")
     return figure
+
+
+def explanation_images(found: Explanation, names: Sequence[str], classes: int = 3, n: int = 2) -> go.Figure:
+    """Draw an image beside the eigenvectors that add most to its largest logits, and those that take most."""
+    rows, captions = [], []
+    for label in found.top(classes):
+        order = found.contributions[label].argsort(descending=True)
+        chosen = torch.cat((order[:n], order[-n:].flip(0)))
+        rows.append(torch.cat((found.x[None], found.eigen.pixels[label, chosen])))
+        parts = found.contributions[label, chosen].tolist()
+        captions.append(["the image", *(f"{names[label]}: adds {part:+.2f}" for part in parts)])
+    columns = ["image", *(f"{sign}{rank}" for sign in "+−" for rank in range(1, n + 1))]
+    labels = [names[label] for label in found.top(classes)]
+    return image_grid(torch.stack(rows).unflatten(2, found.eigen.size), labels, columns, "What adds most", captions)
 
 
 def attack(

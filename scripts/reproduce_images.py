@@ -20,7 +20,7 @@ from tqdm import tqdm
 from train_image import run
 
 import bilens
-from bilens import adversarial, imageplots, images, imagesets, plots, spectra
+from bilens import adversarial, imageplots, images, imagesets, spectra
 from bilens.classifiers import ImageClassifier, Recipe, accuracy
 from bilens.imagesets import ImageSet
 
@@ -297,6 +297,7 @@ def explanations(lab: Lab) -> Iterator[Row]:
     what = f"a {names[int(lab.test.y[index])]}; largest logits {logits}"
     yield Row(f"Test image {index}", "a 2 taken for a 7", what, "main model")
     lab.draw("explanation", imageplots.explanation(found, names))
+    lab.draw("explanation-images", imageplots.explanation_images(found, names))
     decomposed = bilens.hosvd(model.tensor(), len(names))
     share = ", ".join(f"{names[i]}: {float(decomposed.directions[0, i]):+.2f}" for i in range(len(names)))
     yield Row(
@@ -306,7 +307,12 @@ def explanations(lab: Lab) -> Iterator[Row]:
         "classes × embedding, weights alone",
     )
     yield Row("HOSVD, first direction", "{1, 4, 7} against {5}", share, "")
-    lab.draw("hosvd", plots.hosvd(decomposed))
+    count = min(4, len(decomposed.directions))
+    full = images.class_eigenvectors(model, directions=decomposed.directions[:count])
+    lab.draw(
+        "hosvd",
+        imageplots.class_eigenvectors(full, several(decomposed.singular[:count], ".2f").split(", "), 3, "HOSVD"),
+    )
 
 
 def casper(lab: Lab) -> Iterator[Row]:
@@ -329,6 +335,11 @@ def casper(lab: Lab) -> Iterator[Row]:
     cosine = torch.nn.functional.cosine_similarity(*centred, dim=0)
     how = f"centred cosine; its constant coordinate is {float(first.constant[0, 0]):+.2f}"
     yield Row("Casper, first eigenvector against the target", "the target", f"{abs(float(cosine)):.3f}", how)
+    parts = images.affine(model, torch.tensor([-1.0, 1.0]))
+    x = test.flat()
+    spread = [float(part.std()) for part in (((x @ parts.quadratic) * x).sum(1), x @ parts.linear)]
+    how = "standard deviation over test images of the quadratic and of the linear part; the constant"
+    yield Row("Casper, parts of True - False", "", several([*spread, parts.constant], "+.2f"), how)
     shown = torch.cat((lab.target.flatten()[None], first.pixels[0], full.best(3, "negative").pixels[0]))
     grid = shown.unflatten(-1, (lab.test.height, lab.test.width))[None]
     lab.draw("casper", imageplots.image_grid(grid, [""], ["target", "+1", "−1", "−2", "−3"], "Casper: True - False"))

@@ -210,12 +210,30 @@ def test_masks_do_more_than_their_permutations(model, train, held_out):
     assert "1 strengths to 0.2" in repr(found)
 
 
+def test_a_tensor_from_raw_arrays_is_attacked_like_its_classifier(model, train, held_out):
+    B = model.pixel_tensor(residual=False)
+    theirs, mine = adversarial.masks(B, train, stack=3), adversarial.masks(B, train, stack=3, space="pixel")
+    torch.testing.assert_close(theirs.mask, mine.mask)
+    exact = model.pixel_tensor()
+    for aimed, strengths in ((theirs, (0.1, 0.3)), (adversarial.masks(B, train, "top", stack=3), (5, 20))):
+        one, other = (
+            adversarial.attack(tried, held_out, aimed, strengths, controls=1, generator=generator())
+            for tried in (model, exact)
+        )
+        torch.testing.assert_close(one.accuracy, other.accuracy, atol=0.003, rtol=0)  # ties in rounding
+
+
 def test_a_permutation_of_an_edge_mask_stays_on_its_pixels():
     mask = torch.tensor([0, 1.0, 0, -2, 3, 0])
     permuted = torch.stack([adversarial._permuted(mask, "edge", generator(seed)) for seed in range(20)])
     assert not permuted[:, [0, 2, 5]].any()
     assert (permuted.sort(1).values == mask.sort().values).all()
     assert len(permuted.unique(dim=0)) > 3
+
+
+def test_masks_for_images_of_another_size(model, train, unchecked):
+    with pytest.raises(ValueError, match="images must have 64 pixels, got 8x4"):
+        adversarial.masks(model, ImageSet(train.x[:, :, :4], train.y, train.names))
 
 
 def brighter(x):

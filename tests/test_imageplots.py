@@ -56,8 +56,10 @@ def test_truncation_and_similarity_hold_their_curves(full):
     found = images.similarity(full, 2)
     figure = imageplots.similarity({"24": found})
     torch.testing.assert_close(torch.tensor(figure.data[-1].y), found.mean, atol=1e-3, rtol=1e-3)
-    low, high = (list(trace.y) for trace in figure.data[:2])
-    assert all(a < b for a, b in zip(low, high, strict=True))
+    bars, (low, high) = figure.data[0].error_y, found.interval()
+    torch.testing.assert_close(
+        torch.tensor(bars.array) + torch.tensor(bars.arrayminus), high - low, atol=1e-3, rtol=1e-3
+    )
 
 
 def test_an_explanation_shows_the_strongest(models):
@@ -65,6 +67,12 @@ def test_an_explanation_shows_the_strongest(models):
     found = images.explain(models[0], x)
     figure = imageplots.explanation(found, NAMES, classes=2, n=24)
     assert [trace.name[0] for trace in figure.data] == [NAMES[label] for label in found.top(2)]
+    drawn = imageplots.explanation_images(found, NAMES, classes=2, n=3)
+    assert list(drawn.layout.yaxis.ticktext) == [NAMES[label] for label in found.top(2)]
+    assert (
+        drawn.data[0].text[0][9]
+        == f"{NAMES[found.top(1)[0]]}: adds {float(found.contributions.max(1).values[found.top(1)[0]]):+.2f}"
+    )
     assert sum(figure.data[0].y) == pytest.approx(float(found.logits.max()), abs=0.05)
 
 
