@@ -73,7 +73,7 @@ class ImageClassifier(HookedRootModule):
 
     Args:
         cfg: The shape.
-        generator: Draws the initial weights, uniform in `±1/sqrt(fan in)` as torch's linear layers.
+        generator: Draws the initial weights, uniform in `±1/sqrt(fan in)` as torch's linear layers; zero if `None`.
     """
 
     def __init__(self, cfg: ClassifierConfig, generator: torch.Generator | None = None):
@@ -83,11 +83,13 @@ class ImageClassifier(HookedRootModule):
         self.blocks = nn.ModuleList(ProductLayer(cfg.d_hidden, cfg.bias, cfg.residual) for _ in range(cfg.n_layers))
         self.head = nn.Linear(cfg.d_hidden, cfg.n_classes, bias=cfg.bias)
         self.hook_image, self.hook_embed, self.hook_logits = HookPoint(), HookPoint(), HookPoint()
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
         with torch.no_grad():
             for part in (self.embed, *(side for block in self.blocks for side in (block.left, block.right)), self.head):
                 for parameter in part.parameters():
-                    parameter.uniform_(-(part.in_features**-0.5), part.in_features**-0.5, generator=generator)
+                    parameter.zero_()
+                    if generator is not None:
+                        bound = part.in_features**-0.5
+                        parameter.uniform_(-bound, bound, generator=generator)
         self.setup()
 
     @classmethod

@@ -67,20 +67,25 @@ def class_eigenvectors(
     *,
     space: Literal["embed", "pixel"] = "embed",
     directions: Float[Tensor, "n classes"] | None = None,
+    data: ImageSet | None = None,
     size: tuple[int, int] | None = None,
 ) -> ClassEigen:
     """Decompose each class of a one-layer classifier, and show the eigenvectors as images (2410.08417, section 4).
 
     In `"embed"`, the published way, the matrix between embedding and logits is decomposed and each eigenvector v drawn
     as `Eᵀ v`: not of unit length, nor orthogonal. In `"pixel"` the matrix between pixels and logits is decomposed: unit
-    vectors, orthogonal (with the constant as one more coordinate), the values another spectrum. Either way all of
-    them sum to the logit exactly.
+    vectors, orthogonal (with the constant as one more coordinate), the values another spectrum. With `data`, either is
+    done in the coordinates in which these images have unit second moment, `S^½ Q S^½`: a value then says how much the
+    eigenvector adds on such images, and the spectrum is the same in both spaces. In all cases all of them sum to the
+    logit exactly.
 
     Args:
         model: A classifier with one layer, or a tensor from pixels to classes.
         k: How many for each class, strongest |value| first; all if `None`.
         space: Where to decompose; a tensor has no embedding, so both are the same.
         directions: Combinations of the logits to decompose in place of the classes, such as a difference of two.
+        data: Images to weigh the input by; directions of less than a thousandth of their largest root mean square
+            count as if they had that much.
         size: Height and width, for a tensor; one row if `None`.
 
     Raises:
@@ -97,11 +102,46 @@ def class_eigenvectors(
             raise ValueError(f"model must have one layer, got {model.cfg.n_layers}: see bilens.images.tree")
         writers, bias = (None, None) if space == "pixel" else (model.embed.weight.detach(), model.embed.bias)
     u = torch.eye(B.out).to(B.down) if directions is None else directions
+    back = None
+    if data is not None:
+        x = data.flat().to(B.down)
+        root, back = _roots(x if writers is None else x @ writers.T + (0 if bias is None else bias.detach()))
+        B = B.project(inp=root)
     values, vectors = eigen(B, u, k)
     rows, constant = (vectors[..., :-1], vectors[..., -1]) if B.constant else (vectors, torch.zeros_like(values))
+    rows = rows if back is None else rows @ back
     if bias is not None:
         constant = constant + rows @ bias.detach()
     return ClassEigen(values, rows if writers is None else rows @ writers, constant, size)
+
+
+def _roots(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+    """Return the root of the second moment and its inverse."""
+    values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
+    scale = values.clamp(min=1e-6 * float(values[-1])).sqrt()
+    return (vectors * scale @ vectors.T).to(x), (vectors / scale @ vectors.T).to(x)
+
+
+class Activation(NamedTuple):
+    """How eigenvectors respond to images."""
+
+    mean: Float[Tensor, "classes k"]  # of `value · (v·x)²`
+    frequency: Float[Tensor, "classes k"]  # of its magnitude above a threshold
+
+
+def activation(full: ClassEigen, images: ImageSet, threshold: float = 0.01) -> Activation:
+    """Return how much each eigenvector adds to its class on average, and how often more than a threshold (2406.03947).
+
+    Raises:
+        ValueError: The threshold is negative.
+    """
+    if threshold < 0:
+        raise ValueError(f"threshold must not be negative, got {threshold}")
+    total, often = torch.zeros_like(full.values), torch.zeros_like(full.values)
+    for x, _ in _chunks(images, full):
+        parts = full.contributions(x)
+        total, often = total + parts.sum(0), often + (parts.abs() > threshold).sum(0)
+    return Activation(total / len(images), often / len(images))
 
 
 class Affine(NamedTuple):

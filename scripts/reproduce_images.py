@@ -235,12 +235,15 @@ def truncations(lab: Lab) -> Iterator[Row]:
         how = "k from which the drop stays within 0.1 points, by seed"
         yield Row(f"Width {size}, eigenvectors needed", enough.get(size, ""), ", ".join(map(str, least)), how)
     lab.draw("truncation", imageplots.truncation(curves))
-    full = images.class_eigenvectors(lab.model("main"))
-    for by in ("abs", "paired", "activation", "global"):
+    plain, weighed = (images.class_eigenvectors(lab.model("main"), data=data) for data in (None, lab.sets["mnist"][0]))
+    rules = [(plain, by) for by in ("abs", "paired", "activation", "global")]
+    for full, by in (*rules, (weighed, "abs")):
         curve = images.truncation(full, lab.test, k, by)
-        half = int(k[-1]) // 3
-        how = f"with k = {half}: {percent(float(curve.accuracy[half]))}, R² of logits {float(curve.r2[half]):.4f}"
-        yield Row(f"Main model, eigenvectors needed, chosen by {by!r}", "", str(curve.smallest()), how)
+        some = int(k[-1]) // 3
+        how = f"with k = {some}: {percent(float(curve.accuracy[some]))}, R² of logits {float(curve.r2[some]):.4f}"
+        what = f"Main model, eigenvectors needed, chosen by {by!r}"
+        what += "" if full is plain else ", weighed by the training images"
+        yield Row(what, "", str(curve.smallest()), how)
 
 
 def similarities(lab: Lab) -> Iterator[Row]:

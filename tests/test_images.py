@@ -55,6 +55,34 @@ def test_contributions_sum_to_the_logits(shape, space):
     close(full.contributions(x).sum(-1), model(x))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weighed_by_data_the_spectrum_does_not_depend_on_the_space(shape):
+    model = random_model(**shape, d_hidden=12)
+    data = ImageSet(draw(60, 3, 4, seed=5), torch.zeros(60).long(), ("a", "b", "c"))
+    full = [images.class_eigenvectors(model, space=space, data=data) for space in ("embed", "pixel")]
+    for one in full:
+        close(one.contributions(draw(7, 12)).sum(-1), model(draw(7, 12)), atol=1e-8)
+    if not shape:  # with a constant leg each space weighs it against other coordinates
+        close(full[0].values, full[1].values, atol=1e-8)
+
+
+def test_weighed_by_data_fewer_eigenvectors_explain_the_logits(trained, test_images):
+    train = imagesets.load("digits")
+    plain, weighed = (images.class_eigenvectors(trained[0], data=data) for data in (None, train))
+    curves = [images.truncation(full, test_images, range(1, 8)) for full in (plain, weighed)]
+    assert (curves[1].r2 > curves[0].r2).all()
+
+
+def test_activations_are_means_and_frequencies(trained, test_images):
+    full = images.class_eigenvectors(trained[0])
+    parts = full.contributions(test_images.flat())
+    found = images.activation(full, test_images, 0.02)
+    torch.testing.assert_close(found.mean, parts.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.frequency, (parts.abs() > 0.02).float().mean(0))
+    with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
+        images.activation(full, test_images, -1.0)
+
+
 def test_the_logits_of_a_trained_model_are_the_sum_on_every_test_image(trained, test_images):
     model = trained[0]
     logits = model(test_images.x).detach()
