@@ -205,7 +205,7 @@ def cp(
     `M_or = ½ Σ_h down_oh [(left_h·a_r)(right_h·b_r) + (left_h·b_r)(right_h·a_r)]`. The best outputs for given `a`, `b`
     are `d = M K⁻¹`, so that `cosine² = tr(M K⁻¹ Mᵀ) / ‖B‖²` depends on `a` and `b` alone (variable projection), and
     L-BFGS maximises it. Unlike HOSVD this is not convex: another start may end elsewhere, and no bound says how far
-    from the best.
+    from the best; as for any CP there may be none, while terms grow and all but cancel.
 
     Args:
         B: The layer.
@@ -267,6 +267,8 @@ def _heaviest(B: BilinearTensor, rank: int, terms: str) -> list[Float[Tensor, "r
     if terms == "squares":
         rows = [torch.cat((rows[0] + rows[1], rows[0] - rows[1]))]
         weight = weight.repeat(2) * rows[0].square().sum(1)
+    else:
+        weight = weight * (1 + (rows[0] * rows[1]).sum(1) ** 2).sqrt()  # √2 ‖sym(a ⊗ b)‖
     best = weight.topk(rank).indices
     return [factor[best] for factor in rows]
 

@@ -160,8 +160,10 @@ def test_cosine_is_that_of_the_cubes_and_the_scale_is_best(terms, bias):
     B = layer(hidden=20, bias=bias)
     found = cp(B, 4, generator=generator(), terms=terms)
     ours, dense = found.tensor.dense(), B.dense()
-    assert found.cosine == pytest.approx(float((ours * dense).sum() / ours.norm() / dense.norm()), abs=1e-10)
-    assert found.error == pytest.approx(relative_error(ours, dense), abs=1e-9)
+    assert found.cosine == pytest.approx(
+        float((ours * dense).sum() / ours.norm() / dense.norm()), abs=1e-7
+    )  # terms may cancel
+    assert found.error == pytest.approx(relative_error(ours, dense), abs=1e-6)
     assert found.converged
     assert found.history.diff().min() > -1e-9
     assert found.tensor.constant == bias
@@ -196,6 +198,15 @@ def test_the_best_start_is_kept():
     g = generator()
     assert several >= cp(B, 4, generator=g).cosine
     assert several == pytest.approx(cp(B, 4, generator=generator(), starts=5).cosine, abs=1e-12)
+
+
+def test_of_orthogonal_hidden_units_those_are_kept_whose_symmetric_part_is_largest():
+    e = torch.eye(9, dtype=torch.float64)
+    down = torch.cat((1.1 * e[:, :3], e[:, 3:6]), 1)
+    B = BilinearTensor(down, torch.cat((e[:3], e[6:])), torch.cat((e[3:6], e[6:])))  # x_i x_j, then x_i²
+    found = cp(B, 3, generator=generator())
+    assert found.cosine**2 == pytest.approx(3 / (3 + 3 * 1.1**2 / 2), abs=1e-9)
+    close(found.tensor.left.abs().sum(0), e[6:].sum(0), 1e-2)  # a and b may part a little: a b = c² - δ²
 
 
 @pytest.mark.parametrize("bias", [False, True])
