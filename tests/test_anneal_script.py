@@ -159,3 +159,25 @@ def test_weights_that_are_not_finite_are_not_kept(gated, corpus, tmp_path, monke
     assert "weights are not finite after step 10: lower --lr; the last good" in refusal(gated, corpus, tmp_path)
     kept = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
     assert all(weight.isfinite().all() for weight in kept.values())
+
+
+def test_a_llama_stays_a_llama(corpus, tiny_tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=tiny_tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tiny_tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    run(tmp_path / "llama", corpus, tmp_path / "run")
+    ours = bilens.load(tmp_path / "run" / "model")
+    assert (ours.cfg.mlp, ours.cfg.norm) == ("bilinear", "rms_gain")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
+    tokens = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
