@@ -85,12 +85,13 @@ class Bench:
     """Corpora, tokenizer and results that are there already: everything that the runs have in common."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.accelerator = args, Accelerator(mixed_precision="bf16")
+        self.args = args
+        self.training = self.arguments("bilinear", args.tokens, args.out)
+        self.accelerator = Accelerator(mixed_precision=self.training.precision)
         args.out.mkdir(parents=True, exist_ok=True)
         self.file = args.out / "results.json"
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.tokenizer = Tokenizer.from_file(str(args.tokenizer))
-        self.training = self.arguments("bilinear", args.tokens, args.out)
         kept, held_out, self.digests = train_language.read_corpora(args.data, self.training.holdout)
         self.documents = encode(self.tokenizer, kept, Ends())
         some = [text for texts in held_out.values() for text in texts[: args.eval_texts]]
