@@ -233,9 +233,9 @@ def print_findings(console: Console, found: "Discoveries", findings: "Sequence[F
         "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
     )
     table.add_column("output feature", max_width=36, overflow="ellipsis", no_wrap=True)
-    table.add_column("motif")
+    table.add_column("motif", no_wrap=True, min_width=10)
     for name in ("q", "λ₁", "λ₂", "r active", "KL pct."):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for one in findings:
         first = one.discoveries[0] if one.discoveries else None
         motif = ("-", "-") if first is None else (first.motif, f"{first.q:.1e}")
