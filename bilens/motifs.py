@@ -185,7 +185,9 @@ def search(
     - rotation: `D → D R`, R random orthogonal: keeps `D Dᵀ` and the spectrum of `M`. Is the structure aligned with the
       features? Outliers do not change.
     - signs: the signs of all entries of `T` at random. Is the pattern of signs more than its magnitudes? A block of few
-      coefficients can be no more surprising than their signs.
+      coefficients can be no more surprising than their signs. Only beside another null model: similar features of an
+      overcomplete dictionary have similar coefficients, which this one takes for a pattern. Alone it finds something in
+      9 of 10 layers of random weights; the other three in 1 or 2 of 100.
     - untrained: Gaussian factors of the same norms. Is the output more structured than before training?
 
     Args:
