@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--features", type=int, default=6, help="output features to report in detail")
     one.add_argument("--tests", type=int, default=1, help="of how many the strongest pair is tested on the text")
     one.add_argument("--controls", type=int, default=20, help="matched pairs that a tested pair is compared with")
-    one.add_argument("--null", nargs="+", default=["readers"], help="null models: readers, rotation, untrained, and beside one of them signs")
+    one.add_argument("--null", nargs="+", default=["readers"], help="readers, rotation, untrained; beside them signs")
     one.add_argument("--draws", type=int, default=1024, help="null outputs per null model")
     one.add_argument("--seed", type=int, default=0, help="of null models, controls and resampling")
     one.add_argument("--out", type=Path, help=f"where the report goes (default: {REPORT}; with --json: nowhere)")
