@@ -79,6 +79,10 @@ class Stream:
 
     def batch(self, numbers: range) -> Tensor:
         """Stack the windows of these numbers; those before them are passed over, and do not come back."""
+        if numbers.start < self.window:
+            raise ValueError(
+                f"numbers must start at {self.window} or later, got {numbers.start}: a stream only goes on"
+            )
         while self.window < numbers.start:
             self._next()
         return stack([self._next() for _ in numbers], self.context, self.ends)
