@@ -113,13 +113,12 @@ class Lab:
         for size in reversed(scale.sizes):
             for seed in range(scale.seeds):
                 models[f"mnist-{size}-{seed}"] = Model("mnist", replace(bench, seed=seed), {"d_hidden": size})
-        short = replace(bench, epochs=bench.epochs // 2)
         noises = ((0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0), (0.2, 1.0), (0.6, 1.0), (0.4, 1.0), (0.8, 1.0))
         for noise, decay in noises:
-            recipe = replace(short, input_noise=noise, weight_decay=decay)
+            recipe = replace(bench, input_noise=noise, weight_decay=decay)
             models[f"noise-{noise}-decay-{decay}"] = Model("mnist", recipe, width)
-        models["translate"] = Model("mnist", replace(short, translate=self.test.width / 4), width)
-        models["two-layer"] = Model("mnist", replace(short, latent_noise=0.33), {"d_hidden": 100, "n_layers": 2})
+        models["translate"] = Model("mnist", replace(bench, translate=self.test.width / 4), width)
+        models["two-layer"] = Model("mnist", replace(bench, latent_noise=0.33), {"d_hidden": 100, "n_layers": 2})
         return models
 
     def model(self, name: str) -> ImageClassifier:
