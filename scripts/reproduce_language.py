@@ -51,6 +51,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-texts", type=int, default=200, help="held-out texts of each corpus")
     parser.add_argument("--size", default=SIZE, help=f"further arguments of train_language.py (default: {SIZE})")
     parser.add_argument("--converted", nargs=3, action="append", default=[], metavar=("KIND", "ANNEALED", "CONTROL"))
+    parser.add_argument("--note", type=Path, help="a file with what else there is to say, to end the table with")
     parser.add_argument("--write", type=Path, help="write the table to this file too")
     args = parser.parse_args(arguments)
     if args.seeds < 2:
@@ -340,6 +341,8 @@ def main(arguments: list[str] | None = None) -> None:
     lines = ["# Language models: claimed and measured", "", f"2410.08417; measured on {device}.", ""]
     for part in (comparison, conversion, costs):
         lines += [*part(bench), ""]
+    if bench.args.note:
+        lines += [bench.args.note.read_text()]
     table = "\n".join(lines)
     print(table)
     if bench.args.write:
