@@ -306,12 +306,17 @@ def low_rank(
     return figure
 
 
-def predicted_measured(predicted: Float[Tensor, " position"], measured: Float[Tensor, " position"]) -> go.Figure:
+def predicted_measured(
+    predicted: Float[Tensor, " position"],
+    measured: Float[Tensor, " position"],
+    title: str = "Change of the output feature without the pair",
+) -> go.Figure:
     """Scatter the change of an output feature that the weights predict for an edit against the one measured.
 
     Args:
         predicted: From the weights.
         measured: In the running model.
+        title: What changes, and by which edit.
     """
     ends = [float(f(torch.cat((predicted, measured)))) for f in (torch.min, torch.max)]
     same = go.Scatter(x=ends, y=ends, mode="lines", line={"color": NEUTRAL, "dash": "dot"}, hoverinfo="skip")
@@ -320,7 +325,7 @@ def predicted_measured(predicted: Float[Tensor, " position"], measured: Float[Te
     x, y = _rounded(predicted), _rounded(measured)
     points = go.Scatter(x=x, y=y, mode="markers", marker=marker, hovertemplate=hover)
     axes = {"xaxis_title": "predicted from the weights", "yaxis_title": "measured"}
-    return _figure(same, points, title="Change of the output feature without the pair", **axes)
+    return _figure(same, points, title=title, **axes)
 
 
 def among(value: float, others: Float[Tensor, " n"], title: str, unit: str) -> go.Figure:

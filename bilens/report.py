@@ -547,7 +547,7 @@ def _coupling_tested(test: CouplingTest | None) -> str:
     kl = test.effect.kl[0].item()
     figures = [
         _plot(
-            plots.predicted_measured(test.predicted, test.measured),
+            plots.predicted_measured(test.predicted, test.measured, "Change of good less bad without the products"),
             f"Predicted and measured change of good less bad correlate {test.correlation:.4f} at "
             f"{len(test.measured)} positions",
         ),

@@ -10,6 +10,7 @@ import bilens
 from bilens import circuits, report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SAID = [("like", "movie", "good"), ("hate", "film", "bad"), ("see", "story", "great"), ("watch", "plot", "awful")]
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
 
 
@@ -36,11 +37,24 @@ def _active_pair(lens, texts):
 
 
 @pytest.fixture(scope="module")
-def path(lens, findings, tmp_path_factory):
+def flips(lens):
+    """Negators and sentiment as groups, tested on a few sentences."""
+    generator = torch.Generator().manual_seed(0)
+    found = bilens.couplings.negation_couplings({2: lens}, generator=generator, n=200)
+    texts = [
+        f"i {verb} not {verb} that {noun} , it was not {kind} and never {kind} , no ." for verb, noun, kind in SAID
+    ]
+    return found, bilens.couplings.test_coupling(lens, found.layers[0], texts, generator=generator, n_controls=3)
+
+
+@pytest.fixture(scope="module")
+def path(lens, findings, flips, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.html"
     options = {"discoveries": findings[0], "ranking": circuits.outliers(lens), "title": "A <title> & more"}
     options["strongest"] = bilens.top_interactions(lens.tensor, 10, out=lens.readers, inp=lens.writers)
     options["negation"] = circuits.find_negation({2: lens})
+    couplings, test = flips
+    options |= {"couplings": couplings, "coupling_test": test}
     return report.write_report(out, lens, findings[1], generator=torch.Generator().manual_seed(0), **options)
 
 
@@ -124,6 +138,20 @@ def test_a_screen_reader_is_told_what_there_is(page):
     assert page.evaluate(
         "[...document.querySelectorAll('table')].every(t => t.caption && t.querySelector('th[scope]'))"
     )
+
+
+def test_groups_are_named_and_tested(page, flips):
+    found, test = flips
+    section = page.query_selector("section[aria-labelledby='h-groups']")
+    text = section.inner_text()
+    for group in (found.layers[0].left, found.layers[0].right):
+        assert group.role in text
+        strongest = group.features[group.weights.abs().argmax()].item()
+        assert section.query_selector(f"a[href='#inp-{strongest}']") is not None
+    assert f"at {len(test.measured)} positions" in text
+    data = report.couplings_to_json(found, test)
+    assert data["layers"][0]["q"] == pytest.approx(found.q[0].item())
+    assert data["test"]["correlation"] == test.correlation
 
 
 def test_findings_hold_what_the_page_shows(lens, findings):
