@@ -232,10 +232,11 @@ def print_findings(console: Console, found: "Discoveries", findings: "Sequence[F
     table = _table(
         "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
     )
-    table.add_column("output feature", max_width=36, overflow="ellipsis", no_wrap=True)
-    table.add_column("motif", no_wrap=True, min_width=10)
-    for name in ("q", "λ₁", "λ₂", "r active", "KL pct."):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    left = console.width - 62  # what the numbers leave
+    table.add_column("output feature", max_width=min(max(left, 12), 36), overflow="ellipsis", no_wrap=True)
+    table.add_column("motif", no_wrap=True, min_width=8)
+    for name, width in (("q", 7), ("λ₁", 5), ("λ₂", 5), ("r active", 8), ("KL pct.", 7)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     for one in findings:
         first = one.discoveries[0] if one.discoveries else None
         motif = ("-", "-") if first is None else (first.motif, f"{first.q:.1e}")
