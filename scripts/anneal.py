@@ -157,7 +157,8 @@ def load(args: argparse.Namespace) -> bilens.BilinearTransformer:
     """Load the model and check that it can be annealed on text."""
     try:
         model = bilens.load(args.model, dtype=torch.float32)
-        annealing.prepare(model)
+        with annealing.annealed(model, 0):  # raises where the gates have no way to linear, and copies nothing
+            pass
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{args.model}: {error}") from error
     if model.tokenizer is None:
@@ -208,12 +209,12 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(mixed_precision=args.precision, log_with="wandb" if args.wandb else None)
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    gated = load(args)
-    windows, held_out, digests = read(args, gated.tokenizer, Ends(gated.bos_id, gated.eos_id))
-    model, r2 = soften(args, gated.to(accelerator.device), windows)
+    model = load(args)
+    digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in model.state_dict().values())).hexdigest()
+    windows, held_out, digests = read(args, model.tokenizer, Ends(model.bos_id, model.eos_id))
+    model, r2 = soften(args, model.to(accelerator.device), windows)
     for name, value in r2.items():
         accelerator.print(f"{name}: a linear map explains R² {value:.3f}")
-    digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in gated.state_dict().values())).hexdigest()
     settings = {k: v for k, v in vars(args).items() if k not in UNSEEN}
     settings |= {"data": digests, "model": digest, "devices": accelerator.num_processes}
     if args.wandb:
