@@ -17,7 +17,7 @@ from .cards import FILE, FeatureCards, auroc, check_sae
 from .decompositions import Eigen, eigen
 from .interactions import Interactions, top_interactions
 from .saes import SAE, activations, offsets, readers, to_rows, writers
-from .tensor import BilinearTensor
+from .tensor import BilinearTensor, homogeneous
 from .transformer import BilinearTransformer
 
 
@@ -218,9 +218,7 @@ def predict_all(
 ) -> list[Prediction]:
     """Do what `predict` does for several output features, in one pass over the dataset."""
     x, y = _inputs_and_outputs(lens, dataset)
-    activations_ = lens.out.encode(y)
-    if lens.tensor.constant:
-        x = torch.cat((x, x.new_ones(len(x), 1)), 1)
+    activations_, x = lens.out.encode(y), homogeneous(x, lens.tensor)
     return [_predict(x, activations_[:, feature], top_eigen(lens, feature, k)) for feature in features]
 
 

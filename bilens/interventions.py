@@ -23,6 +23,7 @@ from . import saes as _saes
 from .circuits import FeatureLayer, NegationCircuit, top_eigen
 from .motifs import Discovery
 from .saes import Rows, activations, text_of_rows, to_rows, trim
+from .tensor import homogeneous
 from .transformer import BilinearTransformer
 
 _ROWS = 32  # windows that run at a time
@@ -153,7 +154,7 @@ def without_eigenvector(
     top, reader = top_eigen(lens, feature, index + 1), lens.readers[feature]
 
     def share(x: Tensor) -> Tensor:
-        strength = (_homogeneous(lens, x.to(reader)) @ top.vectors[index]).pow(2) * top.values[index]
+        strength = (homogeneous(x.to(reader), lens.tensor) @ top.vectors[index]).pow(2) * top.values[index]
         return strength[..., None] * reader / reader.dot(reader)
 
     with _without(lens, share, where) as model:
@@ -236,11 +237,6 @@ def _at(where: Bool[Tensor, "batch seq"] | None, change: Float[Tensor, "b s d"])
 def _codes(lens: FeatureLayer, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch feature"]:
     """Activations of the input features."""
     return lens.inp.encode(x.to(lens.writers))
-
-
-def _homogeneous(lens: FeatureLayer, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch inp"]:
-    """Append the constant 1 if the layer's tensor has that leg."""
-    return torch.cat((x, x.new_ones(*x.shape[:-1], 1)), -1) if lens.tensor.constant else x
 
 
 def _check_index(name: str, index: int, n: int, what: str, lens: FeatureLayer) -> None:
@@ -741,7 +737,7 @@ def _scan(lens: FeatureLayer, circuit: Circuit, texts: Sequence[str] | Tensor, k
         some = trim(Rows(*(part[start : start + _ROWS] for part in rows)))
         found = activations(lens.model, some, [lens.hook_in, lens.hook_out])
         x, y = (found[hook][some.counts].to(lens.readers) for hook in (lens.hook_in, lens.hook_out))
-        parts = ((_homogeneous(lens, x) @ top.vectors.T).pow(2) * top.values).cumsum(1)
+        parts = ((homogeneous(x, lens.tensor) @ top.vectors.T).pow(2) * top.values).cumsum(1)
         predicted.append(parts[:, [k - 1 for k in ks]].cpu())
         actual.append(lens.out.encode(y)[:, circuit.feature].cpu())
         both = (_codes(lens, x)[:, [circuit.left, circuit.right]] != 0).all(1)
@@ -907,7 +903,7 @@ def _edits(base: Windows, c: Circuit, n_directions: int, least: int, generator: 
 def _predictions(base: Windows, c: Circuit) -> dict[str, Float[Tensor, " position"]]:
     """Return what the weights say about each edit: the change of the output feature's pre-activation."""
     lens = base.lens
-    x, matrix = _homogeneous(lens, base.x.to(base.reader)), lens.tensor.matrix(base.reader)
+    x, matrix = homogeneous(base.x.to(base.reader), lens.tensor), lens.tensor.matrix(base.reader)
     width = base.x.shape[1]
 
     def alone(feature: int) -> Tensor:

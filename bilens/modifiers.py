@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .tensor import BilinearTensor
+from .tensor import BilinearTensor, homogeneous
 
 Method = Literal["svd", "ica"]
 Side = Literal["left", "right"]
@@ -114,7 +114,7 @@ def default_features(
     if method not in ("svd", "ica"):
         raise ValueError(f"method must be 'svd' or 'ica', got {method!r}")
     weights = getattr(B, side).detach().to(torch.float64)
-    rows = weights.T if inputs is None else _homogeneous(B, inputs).to(weights) @ weights.T
+    rows = weights.T if inputs is None else _checked_inputs(B, inputs).to(weights) @ weights.T
     if method == "svd":
         scale = 1 if inputs is None else len(rows) ** 0.5
         patterns, strengths = _svd(rows, k)
@@ -268,11 +268,11 @@ def _checked_k(k: int | None, values: Float[Tensor, " n"]) -> int:
     return k or rank
 
 
-def _homogeneous(B: BilinearTensor, inputs: Float[Tensor, "n d"]) -> Float[Tensor, "n inp"]:
+def _checked_inputs(B: BilinearTensor, inputs: Float[Tensor, "n d"]) -> Float[Tensor, "n inp"]:
     expected = B.inp - B.constant
     if inputs.ndim != 2 or inputs.shape[1] != expected or len(inputs) < 2:
         raise ValueError(f"inputs must be at least two rows [n, {expected}], got shape {list(inputs.shape)}")
-    return torch.cat((inputs, inputs.new_ones(len(inputs), 1)), 1) if B.constant else inputs
+    return homogeneous(inputs, B)
 
 
 def _other(side: Side) -> Side:

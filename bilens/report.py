@@ -510,8 +510,11 @@ def _layer(lens: FeatureLayer, ranking: Outliers | None, strongest: Interactions
 
 def _members(lens: FeatureLayer, couplings: NegationCouplings) -> list[int]:
     """Return the input features of this layer's groups that are named."""
-    here = [one for one in couplings.layers if one.layer == lens.layer]
-    return [i for one in here for group in (one.left, one.right) for i in _strongest(group)]
+    return [i for group in _groups(lens, couplings) for i in _strongest(group)]
+
+
+def _groups(lens: FeatureLayer, couplings: NegationCouplings) -> list[Group]:
+    return [group for one in couplings.layers if one.layer == lens.layer for group in (one.left, one.right)]
 
 
 def _strongest(group: Group) -> list[int]:
@@ -529,9 +532,7 @@ def _couplings(lens: FeatureLayer, found: NegationCouplings, test: CouplingTest 
     groups = "".join(
         f"<li><b>{group.role}</b>: {', '.join(_link(lens, 'inp', i) for i in _strongest(group))}"
         f"{f', and {len(group.features) - _MEMBERS} more' if len(group.features) > _MEMBERS else ''}</li>"
-        for one in found.layers
-        if one.layer == lens.layer
-        for group in (one.left, one.right)
+        for group in _groups(lens, found)
     )
     return (
         '<section aria-labelledby="h-groups"><h2 id="h-groups">Negators × sentiment, as groups</h2>'

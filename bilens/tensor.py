@@ -104,8 +104,7 @@ class BilinearTensor:
         expected = self.inp - self.constant
         if x.shape[-1] != expected:
             raise ValueError(f"x must have {expected} features on its last axis, got shape {list(x.shape)}")
-        if self.constant:
-            x = torch.cat((x, x.new_ones(*x.shape[:-1], 1)), -1)
+        x = homogeneous(x, self)
         return (x @ self.left.T * (x @ self.right.T)) @ self.down.T
 
     def matrix(self, u: Float[Tensor, "*n out"]) -> Float[Tensor, "*n inp inp"]:
@@ -187,6 +186,11 @@ class BilinearTensor:
     def detach(self) -> "BilinearTensor":
         """Return the same tensor outside the autograd graph."""
         return replace(self, **{name: getattr(self, name).detach() for name in ("down", "left", "right")})
+
+
+def homogeneous(x: Float[Tensor, "*batch d"], B: BilinearTensor) -> Float[Tensor, "*batch inp"]:
+    """Append the constant 1 to inputs, if the layer has that leg."""
+    return torch.cat((x, x.new_ones(*x.shape[:-1], 1)), -1) if B.constant else x
 
 
 def with_constant(writers: Float[Tensor, "n_in d"], B: BilinearTensor) -> Float[Tensor, "rows inp"]:
