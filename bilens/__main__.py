@@ -16,15 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner
-    from .attribution import Attribution
-    from .cards import Card, FeatureCards
-    from .circuits import FeatureLayer
-    from .couplings import CouplingTest, NegationCouplings
-    from .interactions import Interactions
-    from .interventions import CircuitTest
-    from .motifs import Discoveries
-    from .report import Finding
-    from .transformer import BilinearTransformer
+    from .circuits.attribution import Attribution
+    from .circuits.couplings import CouplingTest, NegationCouplings
+    from .circuits.interventions import CircuitTest
+    from .circuits.layer import FeatureLayer
+    from .circuits.motifs import Discoveries
+    from .models.transformer import BilinearTransformer
+    from .report.page import Finding
+    from .saes.cards import Card, FeatureCards
+    from .tensor.interactions import Interactions
 
 REPORT = Path("bilens-report.html")
 
@@ -147,7 +147,7 @@ def run_circuits(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def find_couplings(lenses: "dict[int, FeatureLayer]", generator: torch.Generator) -> "NegationCouplings | None":
     """Ask every layer whether negators flip sentiment; None, with the reason, where the cards cannot tell them."""
-    from bilens.couplings import negation_couplings
+    from bilens.circuits.couplings import negation_couplings
 
     try:
         return negation_couplings(lenses, generator=generator)
@@ -169,7 +169,7 @@ def test_couplings(
     generator: torch.Generator,
 ) -> "CouplingTest | None":
     """Take the layer's products of negators and sentiment out of the running model."""
-    from bilens.couplings import test_coupling
+    from bilens.circuits.couplings import test_coupling
 
     if couplings is None:
         return None
@@ -271,7 +271,8 @@ def run_attribute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Attribute an output feature, or a token's logit, at one position."""
     with console.status("loading model and SAEs ..."):
         import bilens
-        from bilens import attribution, circuits
+        from bilens import circuits
+        from bilens.circuits import attribution
 
         model = bilens.load(args.model)
         lens = circuits.FeatureLayer.load(model, args.layer, args.saes or args.model)
@@ -327,7 +328,8 @@ def run_features(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Show feature cards, stored ones or new ones."""
     with console.status("loading model and SAEs ..."):
         import bilens
-        from bilens import cards, saes
+        from bilens import saes
+        from bilens.saes import cards
 
         model = bilens.load(args.model)
         hook = f"blocks.{args.layer}.hook_mlp_{'in' if args.side == 'inp' else 'out'}"

@@ -39,7 +39,7 @@ from train_language import (
 )
 
 import bilens
-from bilens import annealing
+from bilens.models import annealing
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

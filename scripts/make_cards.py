@@ -17,8 +17,9 @@ from pathlib import Path
 from train_language import is_held_out
 
 import bilens
-from bilens import cards, saes
+from bilens import saes
 from bilens.__main__ import read_rows
+from bilens.saes import cards
 
 
 def main() -> None:

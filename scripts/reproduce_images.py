@@ -20,9 +20,13 @@ from tqdm import tqdm
 from train_image import run
 
 import bilens
-from bilens import adversarial, imageplots, images, imagesets, spectra
-from bilens.classifiers import ImageClassifier, Recipe, accuracy
-from bilens.imagesets import ImageSet
+from bilens import images
+from bilens.images import adversarial
+from bilens.images import sets as imagesets
+from bilens.images.classifiers import ImageClassifier, Recipe, accuracy
+from bilens.images.sets import ImageSet
+from bilens.report import imageplots
+from bilens.tensor import spectra
 
 PLAIN = Recipe(precision="bfloat16")  # four times faster than float32 on the CPU this ran on
 NOISY = replace(PLAIN, epochs=30, input_noise=0.4)
@@ -284,7 +288,7 @@ def similarities(lab: Lab) -> Iterator[Row]:
             what = f"Width {size} against {scale.reference}, similarity of the first"
             yield Row(what, claims.get(size, ""), f"{float(found.mean[0]):.3f}", how)
     tensors = [lab.model(f"mnist-{scale.width}-{seed}").pixel_tensor() for seed in range(scale.seeds)]
-    cosine = bilens.comparison.similarity_matrix(tensors)
+    cosine = bilens.tensor.comparison.similarity_matrix(tensors)
     off = cosine[~torch.eye(len(cosine), dtype=torch.bool)]
     yield Row(
         "Whole models across seeds, Gaussian similarity", "", f"{float(off.mean()):.3f}", "pixel space, all pairs"

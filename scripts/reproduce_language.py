@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from train_language import Ends, Windows, encode, held_out_rows, make_optimizers, new_model, optimise, training_step
 
 import bilens
-from bilens import annealing
+from bilens.models import annealing
 
 KINDS = ("bilinear", "reglu", "swiglu")
 NAMES = {"bilinear": "bilinear", "reglu": "ReGLU", "swiglu": "SwiGLU"}

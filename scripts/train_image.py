@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from bilens import classifiers, imagesets
-from bilens.classifiers import ImageClassifier, Recipe
-from bilens.imagesets import ImageSet
+from bilens.images import classifiers
+from bilens.images import sets as imagesets
+from bilens.images.classifiers import ImageClassifier, Recipe
+from bilens.images.sets import ImageSet
 
 
 def parse_args() -> argparse.Namespace:

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bilens
-from bilens.transformer import BilinearConfig, BilinearTransformer
+from bilens.models.transformer import BilinearConfig, BilinearTransformer
 
 SPECIAL = ["[UNK]", "[BOS]", "[EOS]"]
 MLPS = {  # kind, activation, hidden width relative to --d-hidden: every kind has the same number of parameters

@@ -36,7 +36,7 @@ def tiny_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def make_model(tiny_tokenizer):
     """Build `make_model(seed=0, dtype=torch.float64, tokenizer=..., **config_overrides)`: a random tiny model."""
-    from bilens.transformer import BilinearConfig, BilinearTransformer
+    from bilens.models.transformer import BilinearConfig, BilinearTransformer
 
     default = BilinearConfig(
         n_layers=2, d_model=16, d_hidden=24, n_heads=2, n_ctx=32, d_vocab=len(_vocab()), attn_scale=0.5

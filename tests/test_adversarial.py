@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from bilens import BilinearTensor, adversarial, classifiers, images, imagesets
-from bilens.adversarial import best_perturbation
-from bilens.classifiers import ClassifierConfig, ImageClassifier, Recipe
-from bilens.imagesets import ImageSet
+from bilens import BilinearTensor, images
+from bilens.images import adversarial, classifiers
+from bilens.images import sets as imagesets
+from bilens.images.adversarial import best_perturbation
+from bilens.images.classifiers import ClassifierConfig, ImageClassifier, Recipe
+from bilens.images.sets import ImageSet
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import bilens
-from bilens import annealing
-from bilens.annealing import SCHEDULES, alpha_at
-from bilens.polynomials import check_quadratic
+from bilens.models import annealing
+from bilens.models.annealing import SCHEDULES, alpha_at
+from bilens.tensor.polynomials import check_quadratic
 
 ACTS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 GATED = {"mlp": "gated", "act": "silu"}

@@ -10,8 +10,9 @@ import torch
 from sae_lens import TopKSAE, TopKSAEConfig
 
 import bilens
-from bilens import attribution, saes
-from bilens.attribution import attribute, attribute_sources, graph, logit_direction, sources, trace, trace_pair
+from bilens import saes
+from bilens.circuits import attribution
+from bilens.circuits.attribution import attribute, attribute_sources, graph, logit_direction, sources, trace, trace_pair
 
 SCHEMA = json.loads((Path(__file__).parent / "attribution_graph_schema.json").read_text())
 VARIANTS = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_circuits import random_sae
 
-from bilens import cards, saes
+from bilens import saes
 from bilens.circuits import FeatureLayer
+from bilens.saes import cards
 
 HOOKS = ("blocks.0.hook_mlp_in", "blocks.1.hook_mlp_out")
 WORDS = ("the", "cat", "dog", "sat", "ran", "on", "mat", "once", "saw", "big")

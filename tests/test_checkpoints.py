@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import bilens
-from bilens.checkpoints import read_tokenizer
+from bilens.models.checkpoints import read_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "published-format"
 GENERATIONS = (

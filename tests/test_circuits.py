@@ -5,8 +5,9 @@ import torch
 from sae_lens import TopKSAE, TopKSAEConfig
 
 import bilens
-from bilens import cards, circuits
-from bilens.circuits import FeatureLayer
+from bilens import circuits
+from bilens.circuits import FeatureLayer, layer
+from bilens.saes import cards
 
 
 def random_sae(hook, d_in=16, d_sae=40, k=12, seed=0):
@@ -62,7 +63,7 @@ def test_outliers_rank_by_the_two_strongest_eigenvalues(lens, by):
 
 def test_all_eigenvectors_predict_the_preactivation_exactly(lens, tokens):
     found = circuits.predict(lens, 3, tokens, k=lens.tensor.inp)
-    _, y = circuits._inputs_and_outputs(lens, tokens)
+    _, y = layer._inputs_and_outputs(lens, tokens)
     torch.testing.assert_close(found.predicted, y @ lens.readers[3])
     assert found.n_active == (lens.out.encode(y)[:, 3] != 0).sum()
     active = found.actual != 0
@@ -115,8 +116,8 @@ def test_the_embedded_model_has_a_negation_circuit_that_holds_when_run():
 
 
 def test_what_lives_in_other_modules_is_found_here():
-    assert circuits.search is bilens.motifs.search
-    assert circuits.test is bilens.interventions.test
-    assert circuits.remove_pair is bilens.interventions.remove_pair
-    with pytest.raises(AttributeError, match=r"module 'bilens\.circuits' has no attribute 'serch'"):
+    assert circuits.search is bilens.circuits.motifs.search
+    assert circuits.test is bilens.circuits.interventions.test
+    assert circuits.remove_pair is bilens.circuits.interventions.remove_pair
+    with pytest.raises(AttributeError, match=r"No bilens\.circuits attribute serch"):
         circuits.serch  # noqa: B018

@@ -12,10 +12,11 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from bilens import classifiers, imagesets
-from bilens.checkpoints import CheckpointError
-from bilens.classifiers import ClassifierConfig, ImageClassifier, Recipe
-from bilens.imagesets import ImageSet
+from bilens.images import classifiers
+from bilens.images import sets as imagesets
+from bilens.images.classifiers import ClassifierConfig, ImageClassifier, Recipe
+from bilens.images.sets import ImageSet
+from bilens.models.checkpoints import CheckpointError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_image.py"
 QUICK = Recipe(epochs=3, batch=256, input_noise=0.1, latent_noise=0.1, translate=1.0, rotate=10.0, blur=0.5)

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilens
-from bilens import BilinearTensor, comparison, eigen, plots
+from bilens import BilinearTensor, eigen
+from bilens.report import plots
+from bilens.tensor import comparison
 
 
 def random(*shape, seed=0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_circuits import random_sae
 
-from bilens import circuits, couplings, interventions
-from bilens.circuits import FeatureLayer
-from bilens.motifs import Group
+from bilens import circuits
+from bilens.circuits import FeatureLayer, couplings, interventions
+from bilens.circuits.motifs import Group
 
 TEXTS = ["the cat sat on the mat", "once upon a time the big dog ran and the cat saw", "a little dog ran on"] * 3
 

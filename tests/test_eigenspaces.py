@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from bilens import BilinearTensor, eigen, eigenspaces, plots, spectra
-from bilens.decompositions import Eigen
+from bilens import BilinearTensor, eigen, eigenspaces
+from bilens.report import plots
+from bilens.tensor import spectra
+from bilens.tensor.decompositions import Eigen
 
 RANKS = (spectra.participation_ratio, spectra.entropy_rank, spectra.l1l2_rank)
 

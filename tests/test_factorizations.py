@@ -9,7 +9,8 @@ import torch
 from tensorly.decomposition import parafac, partial_tucker
 
 import bilens
-from bilens import BilinearTensor, cp, eigen, hosvd, plots, recompose
+from bilens import BilinearTensor, cp, eigen, hosvd, recompose
+from bilens.report import plots
 
 TENSORS = {"tall": (9, 14, 5, False), "biased": (4, 6, 7, True), "many outputs": (30, 8, 4, False)}
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from bilens import adversarial, classifiers, imageplots, images, imagesets
-from bilens.classifiers import Recipe
+from bilens import images
+from bilens.images import adversarial, classifiers
+from bilens.images import sets as imagesets
+from bilens.images.classifiers import Recipe
+from bilens.report import imageplots
 
 NAMES = tuple("0123456789")
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-from bilens import BilinearTensor, classifiers, images, imagesets
-from bilens.classifiers import ClassifierConfig, ImageClassifier, Recipe
-from bilens.images import ClassEigen
-from bilens.imagesets import ImageSet
+from bilens import BilinearTensor, images
+from bilens.images import ClassEigen, classifiers
+from bilens.images import sets as imagesets
+from bilens.images.classifiers import ClassifierConfig, ImageClassifier, Recipe
+from bilens.images.sets import ImageSet
 
 SHAPES = [{}, {"bias": True}, {"residual": True}, {"bias": True, "residual": True}]
 

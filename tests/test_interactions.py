@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bilens import BilinearTensor, interactions, top_interactions
+from bilens import BilinearTensor, top_interactions
+from bilens.tensor import interactions
 
 
 def integers(g, *shape, high=2):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_circuits import random_sae
 
-import bilens.checkpoints as checkpoints
-from bilens import circuits, interventions
-from bilens.circuits import FeatureLayer
-from bilens.interventions import Circuit
+import bilens.models.checkpoints as checkpoints
+from bilens import circuits
+from bilens.circuits import FeatureLayer, interventions, layer
+from bilens.circuits.interventions import Circuit
 from bilens.saes import activations, to_rows
 
 TEXTS = [
@@ -293,7 +293,7 @@ def test_controls_by_their_change_of_the_output_equal_controls_run_as_edits(lens
 
 
 def test_low_rank_scores_are_those_of_the_plain_formulas(lens, circuit, found):
-    x, y = circuits._inputs_and_outputs(lens, TEXTS)
+    x, y = layer._inputs_and_outputs(lens, TEXTS)
     actual = lens.out.encode(y)[:, circuit.feature]
     active = actual != 0
     assert (found.low_rank.n_active, found.low_rank.n_positions) == (int(active.sum()), len(actual))
@@ -335,7 +335,7 @@ def test_intervals_are_those_of_resampled_texts(lens, circuit):
     each = []
     top = circuits.top_eigen(lens, circuit.feature, 2)
     for text in texts:
-        x, y = circuits._inputs_and_outputs(lens, [text])
+        x, y = layer._inputs_and_outputs(lens, [text])
         predicted = (extended(lens, x) @ top.vectors.T).pow(2) @ top.values
         each.append(torch.stack((lens.out.encode(y)[:, circuit.feature], predicted)))
     drawn = torch.randint(len(texts), (40, len(texts)), generator=torch.Generator().manual_seed(5))
@@ -405,7 +405,7 @@ def test_steering_along_an_unembedding_difference_moves_the_log_odds(lens, gener
 
 
 def test_the_test_steers_in_multiples_of_the_mean_activation(lens, circuit, generator):
-    _, y = circuits._inputs_and_outputs(lens, TEXTS)
+    _, y = layer._inputs_and_outputs(lens, TEXTS)
     actual = lens.out.encode(y)[:, circuit.feature]
     found = interventions.test(
         lens, circuit, TEXTS, generator=generator, n_bootstrap=5, n_pairs=2, n_directions=2,

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import bilens
-from bilens.llama import read_rope, write_rope
-from bilens.rotary import Rope
-from bilens.transformer import KEY_VALUE_HOOKS, BilinearConfig, BilinearTransformer
+from bilens.models.llama import read_rope, write_rope
+from bilens.models.rotary import Rope
+from bilens.models.transformer import KEY_VALUE_HOOKS, BilinearConfig, BilinearTransformer
 
 transformers = pytest.importorskip("transformers")
 
@@ -232,7 +232,7 @@ def test_gate_is_the_left_factor_and_up_the_right_one(originals, ids):
 
 @torch.no_grad()
 def test_norm_squares_half_precision_in_float32():
-    norm = bilens.layers.RMSNorm(4, 1e-8, gain=True).half()
+    norm = bilens.models.layers.RMSNorm(4, 1e-8, gain=True).half()
     x = torch.tensor([[1000.0, -1000.0, 1000.0, 1000.0]]).half()  # squares overflow, and 1e-8 is zero in float16
     assert torch.equal(norm(x), x.sign())
     assert torch.equal(norm(0 * x), 0 * x)
@@ -290,9 +290,9 @@ def test_bilinear_mlp_is_written_in_the_layout_it_came_from(originals, name, ids
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tinyllama", "biases", "qwen2"])
 def test_annealed_model_is_written_in_the_layout_it_came_from(originals, name, ids, tmp_path):
-    model = bilens.annealing.prepare(bilens.load(originals(name)[1]))
-    bilens.annealing.set_alpha(model, 1)
-    folded = bilens.annealing.fold(model)
+    model = bilens.models.annealing.prepare(bilens.load(originals(name)[1]))
+    bilens.models.annealing.set_alpha(model, 1)
+    folded = bilens.models.annealing.fold(model)
     bilens.save(folded, tmp_path)
     assert_same(folded, bilens.load(tmp_path))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -302,10 +302,10 @@ def test_annealed_model_is_written_in_the_layout_it_came_from(originals, name, i
 
 def test_folding_the_last_norm_unties_the_embedding(originals, ids):
     model = bilens.load(originals("qwen2")[1])
-    fits = bilens.annealing.fit_norms(model, ids)
-    prepared = bilens.annealing.prepare(model, norms=fits)
-    bilens.annealing.set_alpha(prepared, 1)
-    folded = bilens.annealing.fold(prepared)
+    fits = bilens.models.annealing.fit_norms(model, ids)
+    prepared = bilens.models.annealing.prepare(model, norms=fits)
+    bilens.models.annealing.set_alpha(prepared, 1)
+    folded = bilens.models.annealing.fold(prepared)
     assert not folded.cfg.tied
     assert (folded(ids) - prepared(ids)).abs().max() <= 1e-4
 
@@ -413,22 +413,22 @@ def test_generation_with_a_cache_is_that_without_also_under_interventions(origin
 def test_attribution_through_heads_sums_to_what_the_model_computes(originals, name, ids):
     model = linear(bilens.load(originals(name)[1], dtype=torch.float64))
     _, cache = model.run_with_cache(ids[:1])
-    came = bilens.attribution.sources(model, ids[0], 2)
+    came = bilens.circuits.attribution.sources(model, ids[0], 2)
     assert ("attention biases" in came.names) == model.cfg.attn_bias[1]
     torch.testing.assert_close(came.values.sum(1), cache["blocks.2.hook_resid_mid"][0])
     direction = torch.randn(32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    split = bilens.attribution.attribute_sources(model, ids[0], 2, direction=direction)
+    split = bilens.circuits.attribution.attribute_sources(model, ids[0], 2, direction=direction)
     torch.testing.assert_close(split.table.sum((1, 2)), cache["blocks.2.hook_mlp_out"][0] @ direction)
 
 
 @pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral"])
 def test_paths_through_the_last_layer_sum_to_the_logits(originals, name, ids):
     model = linear(bilens.load(originals(name)[1], dtype=torch.float64))
-    expanded = bilens.paths.expand(model, ids[0])
+    expanded = bilens.circuits.paths.expand(model, ids[0])
     torch.testing.assert_close(expanded.logits(), model(ids[:1])[0])
     if any(model.cfg.attn_bias):
         with pytest.raises(ValueError, match=r"no attention biases, which belong to no token, got \(True, True\)"):
-            bilens.paths.virtual_tokens(model)
+            bilens.circuits.paths.virtual_tokens(model)
 
 
 def test_hook_table_shows_the_heads_that_share_keys(originals, capsys):
@@ -486,7 +486,7 @@ def test_texts_start_as_the_tokenizer_itself_starts_them(folder, tmp_path, kind)
         assert rows.tokens[rows.counts].tolist() == words
         assert bool((rows.tokens[:, 0] == model.bos_id).all()) == model.has_bos
         assert len(bilens.saes.text_of_rows(model, texts, length=4)) == len(rows.tokens)
-        assert len(bilens.attribution.locate(model, texts).row) == len(words)
+        assert len(bilens.circuits.attribution.locate(model, texts).row) == len(words)
     if kind == "qwen":
         with pytest.raises(ValueError, match="input is empty text and the model has no BOS"):
             model.to_tokens("")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import bilens
-from bilens import BilinearTensor, plots
-from bilens.modifiers import default_features, modification, modifier_features, most_modified
+from bilens import BilinearTensor
+from bilens.report import plots
+from bilens.tensor.defaults import default_features, modification, modifier_features, most_modified
 
 WIDTH = 6
 

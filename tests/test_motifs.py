@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bilens import motifs
-from bilens.motifs import Null, search
-from bilens.tensor import BilinearTensor
+from bilens.circuits import motifs
+from bilens.circuits.motifs import Null, search
+from bilens.tensor.bilinear import BilinearTensor
 
 
 def seeded(seed=0):

@@ -1,67 +1,109 @@
 """The package as a whole: imports point one way, heavy libraries load late, everything public is documented."""
 
 import ast
+import graphlib
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import bilens
 
 PACKAGE = Path(bilens.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-ORDER = [
-    *("tensor", "decompositions", "spectra", "factorizations", "interactions", "comparison", "polynomials"),
-    *("rotary", "layers", "transformer", "formats", "llama", "checkpoints", "saes", "attribution", "paths"),
-    *("modifiers", "cards", "circuits", "motifs", "interventions", "couplings"),
-    *("toys", "imagesets", "classifiers", "images", "adversarial", "annealing"),
-    *("plots", "imageplots", "report", "__init__", "__main__"),
-]
+WINGS = ["tensor", "models", "saes", "circuits", "images", "report"]
+MAY_IMPORT = {  # the wings that a wing stands on
+    "tensor": set(),
+    "models": {"tensor"},
+    "saes": {"tensor", "models"},
+    "circuits": {"tensor", "models", "saes"},
+    "images": {"tensor", "models"},
+    "report": {"tensor", "models", "saes", "circuits", "images"},
+}
+TABLES = ["bilens", *(f"bilens.{wing}" for wing in WINGS)]
+MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
+ROOMS = [module for module in MODULES if "." in module and not module.endswith("__init__")]
 HOMES = {  # third parties that stay in one place
-    "transformer_lens": {"layers", "transformer", "classifiers"},
-    "sae_lens": {"saes"},
-    "huggingface_hub": {"checkpoints", "saes"},
-    "plotly": {"plots", "imageplots", "report"},
+    "transformer_lens": {"models.layers", "models.transformer", "images.classifiers"},
+    "sae_lens": {"saes.stored"},
+    "huggingface_hub": {"models.checkpoints", "saes.stored"},
+    "plotly": {"report.plots", "report.imageplots", "report.page"},
 }
 
 
+def path_of(module):
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+
+
 def parse(module):
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse(path_of(module).read_text())
 
 
-def imported(module):
-    """Yield the full name of everything a module imports, wherever in the file."""
-    for node in ast.walk(parse(module)):
+def imported(module, tree=None):
+    """Yield the full name of everything a module imports, wherever in the file, however it is written."""
+    inside = ["bilens", *module.split(".")[:-1]]
+    for node in ast.walk(tree or parse(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ("bilens" if node.level else None, node.module)))
+            above = inside[: len(inside) + 1 - node.level] if node.level else []
+            base = ".".join(filter(None, (*above, node.module)))
             yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):  # `bilens.circuits.search`, written out
+            dotted = ast.unparse(node)
+            if dotted.startswith("bilens."):
+                yield dotted
 
 
-def siblings(module):
-    """Yield the modules of this package that a module imports; the package itself is `__init__`."""
-    for name in imported(module):
+def rooms(module, tree=None):
+    """Yield the modules of this package that a module imports, `wing.room`, or the name of the wing for its table."""
+    for name in imported(module, tree):
         first, *rest = name.split(".")
         if first == "bilens":
-            yield rest[0] if rest and rest[0] in MODULES else "__init__"
+            room = ".".join(rest[:2])
+            yield room if room in ROOMS else rest[0] if rest and rest[0] in WINGS else "__init__"
 
 
-def test_every_module_has_its_place():
-    assert set(MODULES) <= set(ORDER)
+def test_every_module_is_in_a_wing():
+    assert {module.split(".")[0] for module in MODULES} == {*WINGS, "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_imports_between_wings_point_one_way(module):
+    wing = module.split(".")[0]
+    others = {name.split(".")[0] for name in rooms(module)} - {wing}
+    assert others <= MAY_IMPORT[wing]
+
+
+def test_rooms_of_a_wing_do_not_import_in_circles():
+    order = graphlib.TopologicalSorter({module: set(rooms(module)) & set(ROOMS) for module in ROOMS})
+    assert len(list(order.static_order())) == len(ROOMS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from bilens.circuits.motifs import search",
+        "from bilens.circuits import motifs",
+        "import bilens.circuits.motifs as m",
+        "from ..circuits.motifs import search",
+        "from ..circuits import motifs",
+        "def f():\n    from bilens.circuits import motifs",
+        "import bilens\nbilens.circuits.motifs.search()",
+    ],
+)
+def test_the_import_reader_sees_every_kind_of_import(source):
+    assert "circuits.motifs" in set(rooms("saes.cards", ast.parse(source)))
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_up_the_list_only(module):
-    later = ORDER[ORDER.index(module) :]
-    assert not set(siblings(module)) & set(later)
-
-
-def test_the_import_reader_sees_every_kind_of_import():
-    assert {"tensor"} <= set(siblings("layers"))
-    assert {"transformer"} <= set(siblings("checkpoints"))  # under TYPE_CHECKING and within functions
-    assert {"tensor", "checkpoints", "circuits"} <= set(siblings("__init__"))
+def test_nothing_is_imported_behind_the_readers_back(module):
+    source = path_of(module).read_text()
+    assert "import_module" not in source
+    assert "__import__" not in source
+    assert ("lazy_loader" in source) == module.endswith("__init__")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -71,27 +113,44 @@ def test_third_parties_stay_in_their_modules(module):
 
 
 def test_importing_bilens_is_light():
-    heavy = ["transformer_lens", "sae_lens", "transformers", "datasets", "plotly", "huggingface_hub", "sklearn"]
-    code = f"import sys, bilens; print([name for name in {heavy} if name in sys.modules], 'torch' in sys.modules)"
+    heavy = [
+        "transformer_lens",
+        "sae_lens",
+        "transformers",
+        "datasets",
+        "plotly",
+        "huggingface_hub",
+        "sklearn",
+        "torch",
+    ]
+    code = f"import sys, bilens; bilens.saes; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert (run.stdout.strip(), run.stderr) == ("[] True", "")
+    assert (run.stdout.strip(), run.stderr) == ("[]", "")
 
 
-@pytest.mark.parametrize("name", bilens.__all__)
-def test_every_public_name_is_there(name):
-    assert getattr(bilens, name) is not None
+@pytest.mark.parametrize("table", TABLES)
+def test_every_public_name_is_there(table):
+    package = importlib.import_module(table)
+    assert dir(package) == sorted(package.__all__)
+    assert not [name for name in package.__all__ if getattr(package, name) is None]
 
 
-def test_names_are_listed_once_and_others_are_refused():
-    assert len(set(bilens.__all__)) == len(bilens.__all__)
-    assert dir(bilens) == sorted(bilens.__all__)
-    with pytest.raises(AttributeError, match="module 'bilens' has no attribute 'lod'"):
-        bilens.lod  # noqa: B018
+def test_every_name_has_one_public_path():
+    tables = [importlib.import_module(table) for table in TABLES]
+    homes = [(name, getattr(table, name)) for table in tables for name in table.__all__]
+    doubles = [name for name, value in homes if sum(value is other for _, other in homes) > 1]
+    assert not [name for name in doubles if not isinstance(getattr(bilens, name, None), ModuleType)]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_other_names_are_refused(table):
+    with pytest.raises(AttributeError, match=f"No {table} attribute lod"):
+        importlib.import_module(table).lod  # noqa: B018
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_device_is_named(module):
-    assert "cuda" not in (PACKAGE / f"{module}.py").read_text().lower()
+    assert "cuda" not in path_of(module).read_text().lower()
 
 
 def public(body, prefix=""):
@@ -111,6 +170,6 @@ def test_everything_public_has_a_docstring(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_star_imports_and_no_hidden_switches(module):
-    source = (PACKAGE / f"{module}.py").read_text()
+    source = path_of(module).read_text()
     assert "import *" not in source
     assert "set_grad_enabled" not in source

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bilens
-from bilens import plots
-from bilens.paths import GROUPS, bigram_scores, bigrams, contrast, expand, virtual_input, virtual_tokens
+from bilens.circuits.paths import GROUPS, bigram_scores, bigrams, contrast, expand, virtual_input, virtual_tokens
+from bilens.report import plots
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/fixtures/published-format"
 VARIANTS = {
@@ -166,7 +166,7 @@ def test_the_table_splits_a_logit_by_parts(model):
 
 def test_the_table_symmetrised_is_the_attribution_to_sources(hard):
     found = expand(hard, TEXTS).table(7)
-    sourced = bilens.attribution.attribute_sources(hard, TEXTS, 0, token=7).table
+    sourced = bilens.circuits.attribution.attribute_sources(hard, TEXTS, 0, token=7).table
     exactly(found.triu() + found.tril(-1).mT, sourced)
 
 

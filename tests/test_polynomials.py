@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import bilens
-from bilens import BilinearTensor, check_quadratic, degree, plots, recover_tensor
+from bilens import BilinearTensor, check_quadratic, degree, recover_tensor
+from bilens.report import plots
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/fixtures/published-format"
 WIDTH = 7

@@ -40,11 +40,13 @@ def _active_pair(lens, texts):
 def flips(lens):
     """Negators and sentiment as groups, tested on a few sentences."""
     generator = torch.Generator().manual_seed(0)
-    found = bilens.couplings.negation_couplings({2: lens}, generator=generator, n=200)
+    found = bilens.circuits.couplings.negation_couplings({2: lens}, generator=generator, n=200)
     texts = [
         f"i {verb} not {verb} that {noun} , it was not {kind} and never {kind} , no ." for verb, noun, kind in SAID
     ]
-    return found, bilens.couplings.test_coupling(lens, found.layers[0], texts, generator=generator, n_controls=3)
+    return found, bilens.circuits.couplings.test_coupling(
+        lens, found.layers[0], texts, generator=generator, n_controls=3
+    )
 
 
 @pytest.fixture(scope="module")

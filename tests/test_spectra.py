@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilens import BilinearTensor, decompositions, eigen
-from bilens.decompositions import Eigen, spectrum_in_basis, top_outputs
+from bilens import BilinearTensor, eigen
+from bilens.tensor import decompositions
+from bilens.tensor.decompositions import Eigen, spectrum_in_basis, top_outputs
 
 
 def tensor(seed=0, out=5, hidden=9, inp=6, bias=False, dtype=torch.float64):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilens import BilinearTensor
-from bilens.layers import MLP
+from bilens.models.layers import MLP
 
 sizes = st.integers(1, 5)
 flags = st.booleans()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bilens import BilinearTensor, eigen, toys
-from bilens.toys import Gate, Toy
+from bilens import BilinearTensor, eigen
+from bilens.tensor import toys
+from bilens.tensor.toys import Gate, Toy
 
 BITS = ("and", "or", "xor")
 ALL = tuple(toys.GATES)

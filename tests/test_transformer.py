@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, relu, silu
 
-from bilens.transformer import HOOK_MEANINGS, BilinearConfig, BilinearTransformer
+from bilens.models.transformer import HOOK_MEANINGS, BilinearConfig, BilinearTransformer
 
 VARIANTS = {
     "bilinear": {},

@@ -1,0 +1,5 @@
+"""Images: sets, bilinear classifiers, what their weights say, adversarial masks."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,9 @@
+from . import bilinear as bilinear
+from . import comparison as comparison
+from . import decompositions as decompositions
+from . import defaults as defaults
+from . import factorizations as factorizations
+from . import interactions as interactions
+from . import polynomials as polynomials
+from . import spectra as spectra
+from . import toys as toys
