@@ -7,3 +7,4 @@ from . import logits as logits
 from . import published as published
 from . import rotary as rotary
 from . import transformer as transformer
+from . import windows as windows
