@@ -5,9 +5,13 @@ from . import report as report
 from . import saes as saes
 from . import tensor as tensor
 from .circuits.attribution import attribute as attribute
-from .models.checkpoints import CheckpointError as CheckpointError
+from .models.attention import AttentionConfig as AttentionConfig
 from .models.checkpoints import load as load
 from .models.checkpoints import save as save
+from .models.embedding import UnembedConfig as UnembedConfig
+from .models.layers import NormConfig as NormConfig
+from .models.mlp import MLPConfig as MLPConfig
+from .models.sources import CheckpointError as CheckpointError
 from .models.transformer import BilinearConfig as BilinearConfig
 from .models.transformer import BilinearTransformer as BilinearTransformer
 from .tensor.bilinear import BilinearTensor as BilinearTensor

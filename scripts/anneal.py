@@ -39,7 +39,7 @@ from train_language import (
 )
 
 import bilens
-from bilens.models import annealing
+from bilens.models import annealing, fits, schedules
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_training_arguments(parser, tokens=2.4e6, lr=0.01, lr_embed=0.002)
     parser.set_defaults(context=None, batch=32)
     parser.add_argument("--control", action="store_true", help="leave the gates as they are")
-    parser.add_argument("--schedule", default="linear", choices=tuple(annealing.SCHEDULES))
+    parser.add_argument("--schedule", default="linear", choices=tuple(schedules.SCHEDULES))
     parser.add_argument("--anneal", type=float, default=0.35, help="fraction of the steps until the gates are linear")
     parser.add_argument(
         "--method", default="path", choices=("path", "least-squares"), help="of the activation itself, or a fitted map"
@@ -179,8 +179,8 @@ def soften(
     if args.method == "least-squares" or args.norms:
         rows = windows.batch(range(args.fit_windows)).to(model.W_E.device)
         windows.restore("")
-        gates = annealing.fit_gates(model, rows) if args.method == "least-squares" else None
-        norms = annealing.fit_norms(model, rows) if args.norms else None
+        gates = fits.fit_gates(model, rows) if args.method == "least-squares" else None
+        norms = fits.fit_norms(model, rows) if args.norms else None
     r2 = {f"blocks.{layer}.mlp.gate": fit.r2 for layer, fit in enumerate(gates or [])}
     return annealing.prepare(model, gates=gates, norms=norms), r2 | {
         name: fit.r2 for name, fit in (norms or {}).items()
@@ -191,7 +191,7 @@ def walker(model: bilens.BilinearTransformer, schedule: str, fraction: float) ->
     """Return what moves the gates before each step: along the schedule for a fraction of the steps, then linear."""
 
     def walk(step: int, steps: int) -> dict[str, str]:
-        alpha = annealing.alpha_at(schedule, min(1.0, step / (fraction * steps)))
+        alpha = schedules.alpha_at(schedule, min(1.0, step / (fraction * steps)))
         annealing.set_alpha(model, alpha)
         return {"beta": f"{1 - alpha:.4f}"}
 

@@ -235,7 +235,7 @@ class Plain(nn.Module):
                 for part in block.attn.qkv(self.norm(x)).chunk(3, -1)
             )
             z = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
-            x = x + cfg.attn_scale * block.attn.o(z.transpose(1, 2).flatten(2))
+            x = x + cfg.attention.scale * block.attn.o(z.transpose(1, 2).flatten(2))
             left, right = block.mlp.w(self.norm(x)).chunk(2, -1)
             x = x + block.mlp.p(left * right)
         return self.model.unembed(self.norm(x))

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bilens
-from bilens.models.transformer import BilinearConfig, BilinearTransformer
+from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig
 
 SPECIAL = ["[UNK]", "[BOS]", "[EOS]"]
 MLPS = {  # kind, activation, hidden width relative to --d-hidden: every kind has the same number of parameters
@@ -230,13 +230,10 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> BilinearTransfo
     config = BilinearConfig(
         n_layers=args.layers,
         d_model=args.d_model,
-        d_hidden=round(width * args.d_hidden),
-        mlp=kind,
-        act=act,
-        n_heads=args.heads,
         n_ctx=args.context,
         d_vocab=tokenizer.get_vocab_size(),
-        attn_scale=1 / math.sqrt(2 * args.layers),
+        attention=AttentionConfig.of_width(args.d_model, args.heads, scale=1 / math.sqrt(2 * args.layers)),
+        mlp=MLPConfig(round(width * args.d_hidden), kind, act),
     )
     model = BilinearTransformer(config, tokenizer)
     for name, weight in model.named_parameters():

@@ -1,6 +1,5 @@
 """Tiny models with random weights and a tiny tokenizer, shared by the tests."""
 
-import dataclasses
 import string
 
 import jaxtyping
@@ -33,17 +32,41 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def make_model(tiny_tokenizer):
-    """Build `make_model(seed=0, dtype=torch.float64, tokenizer=..., **config_overrides)`: a random tiny model."""
-    from bilens.models.transformer import BilinearConfig, BilinearTransformer
+FLAT = {  # what a test says of a part in a word, and the part's own field
+    "attention": {"attention": "kind", "attn_scale": "scale", "attn_bias": "bias"}
+    | {name: name for name in ("n_heads", "n_key_value_heads", "window", "rope")},
+    "mlp": {"mlp": "kind", "act": "act", "mlp_bias": "bias", "d_hidden": "d_hidden"},
+    "unembed": {"tied": "tied"},
+}
+NORMS = {"rms": {}, "rms_gain": {"gain": True}, "rms_gain_shift": {"gain": True, "shift": True}}
 
-    default = BilinearConfig(
-        n_layers=2, d_model=16, d_hidden=24, n_heads=2, n_ctx=32, d_vocab=len(_vocab()), attn_scale=0.5
+
+def tiny_config(**overrides):
+    """Return the config of a tiny model; what is overridden is said flatly, as in `VARIANTS` of the tests."""
+    from bilens import AttentionConfig, BilinearConfig, MLPConfig, NormConfig, UnembedConfig
+
+    said = {"n_layers": 2, "d_model": 16, "n_ctx": 32, "d_vocab": len(_vocab()), "n_heads": 2, "d_hidden": 24}
+    said |= {"attn_scale": 0.5, "norm": "rms", "eps": 1e-8} | overrides
+    norm, eps = said.pop("norm"), said.pop("eps")
+    parts = {
+        part: {field: said.pop(name) for name, field in fields.items() if name in said} for part, fields in FLAT.items()
+    }
+    return BilinearConfig(
+        attention=AttentionConfig.of_width(said["d_model"], **parts["attention"]),
+        mlp=MLPConfig(**parts["mlp"]),
+        norm=None if norm == "none" else NormConfig(eps, **NORMS[norm]),
+        unembed=UnembedConfig(**parts["unembed"]),
+        **said,
     )
 
+
+@pytest.fixture(scope="session")
+def make_model(tiny_tokenizer):
+    """Build `make_model(seed=0, dtype=torch.float64, tokenizer=..., **overrides)`: random weights on `tiny_config`."""
+    from bilens import BilinearTransformer
+
     def make(seed: int = 0, dtype: torch.dtype = torch.float64, tokenizer: Tokenizer | None = tiny_tokenizer, **cfg):
-        model = BilinearTransformer(dataclasses.replace(default, **cfg), tokenizer).to(dtype).eval()
+        model = BilinearTransformer(tiny_config(**cfg), tokenizer).to(dtype).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -71,7 +71,7 @@ def streamed(gated, corpus, tmp_path_factory):
 
 def test_the_result_is_bilinear_and_has_learnt(streamed):
     model = bilens.load(streamed / "model")
-    assert model.cfg.mlp == "bilinear"
+    assert model.cfg.mlp.kind == "bilinear"
     model.blocks[0].mlp.tensor()
     rows = curve(streamed)
     assert float(rows[-1]["train"]) < float(rows[0]["train"]) - 0.2
@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_bit_identically(gated, corpus, streamed, tmp_path)
 
 def test_the_control_keeps_its_gates_and_sees_the_same_tokens(gated, corpus, streamed, tmp_path):
     run(gated, corpus, tmp_path, "--streaming", "--control")
-    assert bilens.load(tmp_path / "model").cfg.act == "silu"
+    assert bilens.load(tmp_path / "model").cfg.mlp.act == "silu"
     rows, annealed = curve(tmp_path), curve(streamed)
     assert {row["beta"] for row in rows} == {"1.0000"}
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in annealed]
@@ -114,7 +114,7 @@ def test_gates_and_norms_can_be_fitted_by_least_squares(gated, corpus, tmp_path,
     run(gated, corpus, tmp_path, "--method", "least-squares", "--norms", "--fit-windows", "16")
     assert "blocks.0.mlp.gate: a linear map explains R² 0." in capsys.readouterr().out
     model = bilens.load(tmp_path / "model")
-    assert (model.cfg.mlp, model.cfg.norm) == ("bilinear", "none")
+    assert (model.cfg.mlp.kind, model.cfg.norm) == ("bilinear", None)
     assert set(json.loads((tmp_path / "model" / "training.json").read_text())["r2"]) > {"ln_final", "blocks.1.ln2"}
 
 
@@ -176,7 +176,7 @@ def test_a_llama_stays_a_llama(corpus, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
     run(tmp_path / "llama", corpus, tmp_path / "run")
     ours = bilens.load(tmp_path / "run" / "model")
-    assert (ours.cfg.mlp, ours.cfg.norm) == ("bilinear", "rms_gain")
+    assert (ours.cfg.mlp.kind, ours.cfg.norm.gain) == ("bilinear", True)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
     tokens = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import bilens
-from bilens.models import annealing
-from bilens.models.annealing import SCHEDULES, alpha_at
+from bilens.models import annealing, fits, gates
+from bilens.models.mlp import ACTIVATIONS
+from bilens.models.schedules import SCHEDULES, alpha_at
 from bilens.tensor.polynomials import check_quadratic
 
 ACTS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -64,7 +65,7 @@ def test_a_bad_schedule_is_refused(schedule, progress, message):
 @pytest.mark.parametrize("act", ACTS)
 def test_a_path_leads_from_the_activation_to_half_its_argument(act):
     z = torch.linspace(-6, 6, 100, dtype=torch.float64)
-    gate = annealing.Gate(act).double()
+    gate = gates.Gate(act).double()
     torch.testing.assert_close(gate(z), ACTS[act](z))
     gate.set_alpha(1)
     torch.testing.assert_close(gate(z), z / 2, rtol=1e-10, atol=0)
@@ -75,7 +76,7 @@ def test_a_path_leads_from_the_activation_to_half_its_argument(act):
 
 
 def test_swish_is_the_formula_of_the_paper():
-    z, gate = torch.randn(50, dtype=torch.float64), annealing.Gate("silu").double()
+    z, gate = torch.randn(50, dtype=torch.float64), gates.Gate("silu").double()
     gate.set_alpha(0.3)
     with torch.no_grad():
         gate.c.fill_(1.5)
@@ -122,7 +123,7 @@ def test_at_the_end_the_model_is_bilinear(gated, tokens, tmp_path):
             block.mlp.gate.c.fill_(0.7 + layer)
     annealing.set_alpha(soft, 1)
     folded = annealing.fold(soft)
-    assert (folded.cfg.mlp, folded.cfg.act) == ("bilinear", None)
+    assert (folded.cfg.mlp.kind, folded.cfg.mlp.act) == ("bilinear", None)
     torch.testing.assert_close(folded(tokens), soft(tokens), rtol=1e-9, atol=1e-9)
     x = torch.randn(7, gated.cfg.d_model, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
@@ -155,14 +156,14 @@ def test_float32_agrees_within_1e_5(make_model, tokens):
 
 def test_a_linear_gate_is_fitted_exactly(make_model, tokens, monkeypatch):
     slopes = torch.rand(24, dtype=torch.float64) + 0.5
-    monkeypatch.setitem(annealing.ACTIVATIONS, "silu", lambda z: slopes * z)  # a gate that is linear
+    monkeypatch.setitem(ACTIVATIONS, "silu", lambda z: slopes * z)  # a gate that is linear
     model = make_model(**GATED)
-    fits = annealing.fit_gates(model, tokens, batch=3)
-    for fit in fits:
+    found = fits.fit_gates(model, tokens, batch=3)
+    for fit in found:
         assert fit.r2 == pytest.approx(1)
         assert fit.pairs == tokens.numel()
         torch.testing.assert_close(fit.weight, slopes)
-    soft = annealing.prepare(model, gates=fits)
+    soft = annealing.prepare(model, gates=found)
     torch.testing.assert_close(soft(tokens), model(tokens))
     annealing.set_alpha(soft, 1)
     torch.testing.assert_close(annealing.fold(soft)(tokens), model(tokens))
@@ -170,11 +171,11 @@ def test_a_linear_gate_is_fitted_exactly(make_model, tokens, monkeypatch):
 
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_a_fit_is_the_least_squares_solution(gated, tokens, diagonal):
-    fits = annealing.fit_gates(gated, tokens, diagonal=diagonal)
+    found = fits.fit_gates(gated, tokens, diagonal=diagonal)
     _, cache = gated.run_with_cache(tokens)
-    for layer, fit in enumerate(fits):
+    for layer, fit in enumerate(found):
         z = cache[f"blocks.{layer}.mlp.hook_pre"].flatten(0, 1)
-        y = ACTS[gated.cfg.act](z)
+        y = ACTS[gated.cfg.mlp.act](z)
         if diagonal:
             expected = torch.stack([torch.linalg.lstsq(z[:, i, None], y[:, i, None])[0][0, 0] for i in range(24)])
         else:
@@ -187,14 +188,14 @@ def test_a_fit_is_the_least_squares_solution(gated, tokens, diagonal):
 
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_gates_and_norms_are_blended_in_and_folded(gated, tokens, diagonal):
-    gates = annealing.fit_gates(gated, tokens, diagonal=diagonal)
-    norms = annealing.fit_norms(gated, tokens, diagonal=diagonal)
+    gate_fits = fits.fit_gates(gated, tokens, diagonal=diagonal)
+    norms = fits.fit_norms(gated, tokens, diagonal=diagonal)
     assert set(norms) == {"blocks.0.ln1", "blocks.0.ln2", "blocks.1.ln1", "blocks.1.ln2", "ln_final"}
-    soft = annealing.prepare(gated, gates=gates, norms=norms)
+    soft = annealing.prepare(gated, gates=gate_fits, norms=norms)
     torch.testing.assert_close(soft(tokens), gated(tokens))
     annealing.set_alpha(soft, 1)
     folded = annealing.fold(soft)
-    assert folded.cfg.norm == "none"
+    assert folded.cfg.norm is None
     torch.testing.assert_close(folded(tokens), soft(tokens), rtol=1e-8, atol=1e-8)
 
 
@@ -202,7 +203,7 @@ def test_a_norm_of_inputs_of_one_length_is_fitted_exactly(make_model, tokens):
     model = make_model(**GATED)
     with torch.no_grad():
         model.embed.weight.copy_(3 * F.normalize(model.embed.weight, dim=1))
-    fit = annealing.fit_norms(model, tokens)["blocks.0.ln1"]
+    fit = fits.fit_norms(model, tokens)["blocks.0.ln1"]
     assert fit.r2 == pytest.approx(1)
     x = model.embed(tokens)
     torch.testing.assert_close(x @ fit.weight.T, model.blocks[0].ln1(x))
@@ -235,8 +236,8 @@ def test_what_does_not_fit_is_refused(make_model, tokens):
     with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 1.2"):
         annealing.set_alpha(soft, 1.2)
     with pytest.raises(ValueError, match="gates must hold one fit for each of the 2 layers, got 1"):
-        annealing.prepare(model, gates=annealing.fit_gates(model, tokens)[:1])
+        annealing.prepare(model, gates=fits.fit_gates(model, tokens)[:1])
     with pytest.raises(ValueError, match=r"norms must hold a fit for each of blocks.0.ln1, .*, got ln_final"):
-        annealing.prepare(model, norms={"ln_final": annealing.fit_norms(model, tokens)["ln_final"]})
+        annealing.prepare(model, norms={"ln_final": fits.fit_norms(model, tokens)["ln_final"]})
     with pytest.raises(ValueError, match="model must have norms to fit"):
-        annealing.fit_norms(make_model(**GATED, norm="none"), tokens)
+        fits.fit_norms(make_model(**GATED, norm="none"), tokens)

@@ -97,13 +97,13 @@ def test_a_token_is_the_direct_path_to_its_logit(model, layer):
     logits, cache = model.run_with_cache(TEXT)
     mlp_out = cache[f"blocks.{layer}.hook_mlp_out"]
     without = [("blocks.1.hook_resid_post", lambda value, hook: value - mlp_out)]
-    if model.cfg.norm != "none":
+    if model.cfg.norm is not None:
         scale = cache["ln_final.hook_scale"]
         without.append(("ln_final.hook_scale", lambda value, hook: scale))
     change = logits - model.run_with_hooks(TEXT, fwd_hooks=without)
     exactly(found.pre_activation, change[0, 1:, model.to_single_token("cat")])
     ratio = mlp_out[0, 1:] @ logit_direction(model, "cat") / found.pre_activation
-    exactly(ratio, torch.ones_like(ratio) if model.cfg.norm == "none" else cache["ln_final.hook_scale"][0, 1:, 0])
+    exactly(ratio, torch.ones_like(ratio) if model.cfg.norm is None else cache["ln_final.hook_scale"][0, 1:, 0])
 
 
 @pytest.mark.parametrize("scope", [False, True])
@@ -191,7 +191,7 @@ def run_with(model, hook, values, position, scale=None):
 def edges_by_intervention(model, hook, base, parts, read, position):
     """Measure every term by running the model with no part, each part alone, and each two of them."""
     _, cache = model.run_with_cache(TEXT)
-    scale = None if hook.endswith("mlp_in") or model.cfg.norm == "none" else cache["blocks.1.ln2.hook_scale"]
+    scale = None if hook.endswith("mlp_in") or model.cfg.norm is None else cache["blocks.1.ln2.hook_scale"]
     n = len(parts)
     sets = [(), *((i,) for i in range(n)), *itertools.combinations(range(n), 2)]
     values = torch.stack([base + sum((parts[i] for i in chosen), torch.zeros_like(base)) for chosen in sets])
@@ -225,7 +225,7 @@ def test_removing_a_feature_removes_its_terms(model, inp, out):
     found = attribute(model, TEXT, 1, 7, inp=inp, out=out, position=3)
     hook = inp.cfg.metadata.hook_name
     _, cache = model.run_with_cache(TEXT)
-    scale = None if hook.endswith("mlp_in") or model.cfg.norm == "none" else cache["blocks.1.ln2.hook_scale"]
+    scale = None if hook.endswith("mlp_in") or model.cfg.norm is None else cache["blocks.1.ln2.hook_scale"]
     written = found.activations[0, :, None] * saes.writers(inp)[found.features[0]]
     y = run_with(model, hook, cache[hook][0, 3] - written, 3, scale)
     pairs = found.pairs[0]
@@ -287,7 +287,7 @@ def test_silencing_a_head_removes_its_terms(model, out):
         return value
 
     hooks = [("blocks.1.attn.hook_z", silence)]
-    if model.cfg.norm != "none":
+    if model.cfg.norm is not None:
         hooks.append(("blocks.1.ln2.hook_scale", lambda value, hook: cache["blocks.1.ln2.hook_scale"]))
     with model.hooks(fwd_hooks=hooks):
         y = model.run_with_cache(TEXT)[1]["blocks.1.hook_mlp_out"][0, 1:]

@@ -16,7 +16,7 @@ from bilens.images import classifiers
 from bilens.images import sets as imagesets
 from bilens.images.classifiers import ClassifierConfig, ImageClassifier, Recipe
 from bilens.images.sets import ImageSet
-from bilens.models.checkpoints import CheckpointError
+from bilens.models.sources import CheckpointError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_image.py"
 QUICK = Recipe(epochs=3, batch=256, input_noise=0.1, latent_noise=0.1, translate=1.0, rotate=10.0, blur=0.5)

@@ -26,9 +26,12 @@ TABLES = ["bilens", *(f"bilens.{wing}" for wing in WINGS)]
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
 ROOMS = [module for module in MODULES if "." in module and not module.endswith("__init__")]
 HOMES = {  # third parties that stay in one place
-    "transformer_lens": {"models.layers", "models.transformer", "images.classifiers"},
+    "transformer_lens": {
+        *(f"models.{room}" for room in ("attention", "mlp", "layers", "transformer", "hooks", "generation")),
+        "images.classifiers",
+    },
     "sae_lens": {"saes.stored"},
-    "huggingface_hub": {"models.checkpoints", "saes.stored"},
+    "huggingface_hub": {"models.sources", "saes.stored"},
     "plotly": {"report.plots", "report.imageplots", "report.page"},
 }
 

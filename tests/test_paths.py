@@ -206,7 +206,7 @@ def test_the_embedded_models_last_layer():
 def test_virtual_tokens_give_what_the_mlp_writes(model):
     virtual, z = virtual_tokens(model), virtual_input(model, TEXTS)
     scale = 1.0
-    if model.cfg.norm != "none":
+    if model.cfg.norm is not None:
         scale = torch.cat([model.run_with_cache(text)[1]["ln_final.hook_scale"][:, -1] for text in TEXTS])
     through = sum(expand(model, TEXTS, position=-1).written[2:])
     gain = getattr(model.ln_final, "weight", None)

@@ -139,7 +139,7 @@ def test_what_is_clipped_far_out_shows_there_only():
 def test_published_layers(name):
     model = bilens.load(PUBLISHED / name)
     found = degree(model.blocks[-1].mlp, generator=rng())
-    assert found.degree == (2 if model.cfg.mlp == "bilinear" else None)
+    assert found.degree == (2 if model.cfg.mlp.kind == "bilinear" else None)
 
 
 # -- the tensor of a black box ----------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_the_table_is_measured_once(command, tmp_path, monkeypatch):
     assert rows["difference measured, equal time"][2].strip() == str(script.Interval.of(gap))
     assert rows["SwiGLU, seconds"][-1].strip() == "1.050"
     annealed = bilens.load(tmp_path / "runs" / "reglu-1-annealed" / "model")
-    assert annealed.cfg.mlp == "bilinear"
+    assert annealed.cfg.mlp.kind == "bilinear"
 
     monkeypatch.setattr(script, "optimise", lambda *args: pytest.fail("was trained again"))
     script.main(command)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilens import BilinearTensor
-from bilens.models.layers import MLP
+from bilens.models.mlp import MLP, MLPConfig
 
 sizes = st.integers(1, 5)
 flags = st.booleans()
@@ -35,7 +35,7 @@ def from_weights(g, draw, out, inp, hidden):
 
 
 def from_layer(g, draw, out, inp, hidden):
-    mlp = MLP(inp, hidden, "bilinear", None, bias_in=draw(flags), bias_out=draw(flags)).double().requires_grad_(False)
+    mlp = MLP(MLPConfig(hidden, bias=(draw(flags), draw(flags))), inp).double().requires_grad_(False)
     for parameter in mlp.parameters():
         parameter.copy_(random(g, *parameter.shape))
     return mlp.tensor(), mlp
@@ -208,7 +208,7 @@ def test_to_and_detach_keep_everything_else():
 
 
 def test_gradients_reach_the_weights():
-    mlp = MLP(4, 3, "bilinear", None, bias_in=True, bias_out=True)
+    mlp = MLP(MLPConfig(3, bias=(True, True)), 4)
     mlp.tensor().norm().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in mlp.parameters())
 
@@ -251,4 +251,4 @@ def test_errors_name_the_argument_and_its_shape(unchecked, call, message):
 @pytest.mark.parametrize(("kind", "act"), [("gated", "silu"), ("plain", "relu"), ("gated", "identity")])
 def test_only_a_bilinear_layer_is_a_tensor(kind, act):
     with pytest.raises(TypeError, match=f"this one is {kind} with activation '{act}'"):
-        MLP(4, 3, kind, act, bias_in=False, bias_out=False).tensor()
+        MLP(MLPConfig(3, kind, act), 4).tensor()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, relu, silu
 
-from bilens.models.transformer import HOOK_MEANINGS, BilinearConfig, BilinearTransformer
+from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig, NormConfig
+from bilens.models.hooks import HOOK_MEANINGS
 
 VARIANTS = {
     "bilinear": {},
@@ -99,7 +100,7 @@ def test_queries_keys_and_values_are_read_by_the_weights(model, tokens):
 
 
 def test_norm_is_the_ratio_times_gain_plus_shift(model, tokens):
-    if model.cfg.norm == "none":
+    if model.cfg.norm is None:
         assert not any("ln" in name for name in model.hook_dict)
         return
     _, cache = model.run_with_cache(tokens)
@@ -118,10 +119,10 @@ def test_norm_is_the_ratio_times_gain_plus_shift(model, tokens):
 def test_hidden_units_are_what_the_mlp_computes(model, tokens):
     _, cache = model.run_with_cache(tokens)
     mlp, at = model.blocks[1].mlp, "blocks.1.mlp.hook_"
-    act = {"silu": silu, "relu": relu, None: lambda x: x}[model.cfg.act]
+    act = {"silu": silu, "relu": relu, None: lambda x: x}[model.cfg.mlp.act]
     biases = [0, 0] if mlp.w.bias is None else [*mlp.w.bias.chunk(2)]
     x = cache["blocks.1.hook_mlp_in"]
-    if model.cfg.mlp == "plain":
+    if model.cfg.mlp.kind == "plain":
         assert_close(cache[at + "pre"], x @ mlp.W_in + biases[0])
         assert_close(cache[at + "post"], act(cache[at + "pre"]))
     else:
@@ -150,7 +151,7 @@ def test_pattern_is_causal_and_softmax_sums_to_one(model, tokens):
     _, cache = model.run_with_cache(tokens)
     pattern, scores = cache["pattern", 1], cache["attn_scores", 1]
     assert (pattern.triu(1) == 0).all()
-    if model.cfg.attention == "softmax":
+    if model.cfg.attention.kind == "softmax":
         assert_close(pattern, scores.softmax(-1))
         q, k = cache["blocks.1.attn.hook_rot_q"], cache["blocks.1.attn.hook_rot_k"]
         below = torch.ones_like(scores, dtype=torch.bool).tril()
@@ -866,23 +867,55 @@ def test_errors_name_the_argument(plain, unchecked, call, message):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("make", "message"),
     [
-        ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
-        ({"n_heads": 3}, "d_model=16, n_heads=3"),
-        ({"n_heads": 16}, "d_model=16, n_heads=16"),
-        ({"act": "relu"}, "act must be None for a bilinear MLP"),
-        ({"mlp": "gated"}, "act must be None for a bilinear MLP"),
+        (
+            lambda: BilinearConfig(0, 16, 8, 9, AttentionConfig(2, 8), MLPConfig(8)),
+            "n_layers must be at least 1, got 0",
+        ),
+        (
+            lambda: AttentionConfig.of_width(16, 3),
+            "d_model must be an even multiple of n_heads .* d_model=16, n_heads=3",
+        ),
+        (lambda: AttentionConfig.of_width(16, 16), "d_model=16, n_heads=16"),
+        (lambda: AttentionConfig.of_width(16, 0), "n_heads must be at least 1, got 0"),
+        (lambda: AttentionConfig(0, 8), "n_heads must be at least 1, got 0"),
+        (lambda: AttentionConfig(2, 5), r"d_head must be even \(rotary embedding rotates pairs\), got 5"),
+        (lambda: AttentionConfig(2, 8, "cosine"), "kind must be one of softmax, bilinear for attention, got 'cosine'"),
+        (lambda: AttentionConfig(2, 8, window=0), "window must be at least 1 or None, got 0"),
+        (lambda: AttentionConfig(4, 8, n_key_value_heads=0), "n_key_value_heads must be at least 1, got 0"),
+        (lambda: AttentionConfig(4, 8, n_key_value_heads=3), "must divide n_heads=4, got n_key_value_heads=3"),
+        (lambda: AttentionConfig(4, 8, "bilinear", n_key_value_heads=2), "for bilinear attention, got n_key_value_h"),
+        (lambda: MLPConfig(0), "d_hidden must be at least 1, got 0"),
+        (lambda: MLPConfig(8, "cubic"), "kind must be one of bilinear, gated, plain for an MLP, got 'cubic'"),
+        (lambda: MLPConfig(8, act="relu"), "act must be None for a bilinear MLP"),
+        (lambda: MLPConfig(8, "gated"), "act must be None for a bilinear MLP"),
+        (lambda: MLPConfig(8, "gated", "tanh"), "act must be one of relu, .* for a gated MLP, got 'tanh'"),
+        (lambda: NormConfig(-1.0), "eps must not be negative, got -1.0"),
+        (lambda: NormConfig(float("nan")), "eps must not be negative, got nan"),
     ],
 )
-def test_a_config_that_makes_no_model(overrides, message):
-    shape = {"n_layers": 2, "d_model": 16, "d_hidden": 8, "n_heads": 2, "n_ctx": 8, "d_vocab": 9}
+def test_a_config_that_makes_no_model(unchecked, make, message):
     with pytest.raises(ValueError, match=message):
-        BilinearConfig(**shape | overrides)
+        make()
+
+
+def test_two_ways_to_say_a_shape_are_one():
+    assert AttentionConfig(2, 8, n_key_value_heads=2) == AttentionConfig.of_width(16, 2)
+
+
+def test_a_config_answers_to_the_names_of_transformer_lens(plain):
+    cfg = plain.cfg
+    names = ("n_layers", "d_model", "n_ctx", "d_vocab", "n_heads", "d_head", "d_hidden", "d_mlp")
+    assert [getattr(cfg, name) for name in names] == [2, 16, 32, len(plain.W_E), 2, 8, 24, 24]
+    names = ("act_fn", "normalization_type", "eps", "attn_only", "positional_embedding_type", "device")
+    assert [getattr(cfg, name) for name in names] == [None, "RMS", 1e-8, False, "rotary", None]
+    cfg = BilinearConfig(1, 8, 8, 9, AttentionConfig(2, 4), MLPConfig(8, "gated", "silu"), norm=None)
+    assert (cfg.act_fn, cfg.normalization_type, cfg.eps) == ("silu", None, None)
 
 
 def test_a_new_model_is_a_plain_module():
-    model = BilinearTransformer(BilinearConfig(n_layers=1, d_model=8, d_hidden=8, n_heads=2, n_ctx=8, d_vocab=9))
+    model = BilinearTransformer(BilinearConfig(1, 8, 8, 9, AttentionConfig(2, 4), MLPConfig(8)))
     assert isinstance(model(torch.tensor([[1, 2]])), Tensor)
     assert sorted(dict(model.named_parameters())) == [
         "blocks.0.attn.o.weight",

@@ -364,7 +364,7 @@ def split_residual(
     mid = f"blocks.{layer}.hook_resid_mid"
     found = observe(model, places, {"hook_embed", *heads, *mlps, mid, *hooks})
     names, values = ["embedding"], [found["hook_embed"][:, None]]
-    if model.cfg.attn_bias[1]:
+    if model.cfg.attention.bias[1]:
         bias = sum(block.attn.b_O.detach().double() for block in model.blocks[: layer + 1])
         names.append("attention biases")
         values.append(bias.expand_as(values[0]))

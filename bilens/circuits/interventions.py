@@ -315,7 +315,7 @@ def remove_pair(
     with torch.no_grad():
         for layer, block in enumerate(model.blocks):
             _append_unit(block.mlp, unit if layer == circuit.layer else {})
-    model.cfg = replace(model.cfg, d_hidden=model.cfg.d_hidden + 1)
+    model.cfg = replace(model.cfg, mlp=replace(model.cfg.mlp, d_hidden=model.cfg.d_hidden + 1))
     return model
 
 

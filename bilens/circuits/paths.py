@@ -276,8 +276,10 @@ def virtual_tokens(
             token.
         TypeError: The layer is not bilinear.
     """
-    if any(model.cfg.attn_bias):
-        raise ValueError(f"model must have no attention biases, which belong to no token, got {model.cfg.attn_bias}")
+    if any(model.cfg.attention.bias):
+        raise ValueError(
+            f"model must have no attention biases, which belong to no token, got {model.cfg.attention.bias}"
+        )
     tokens = torch.arange(model.cfg.d_vocab) if tokens is None else _checked_tokens(model, tokens)
     block, E = model.blocks[0], model.W_E.detach()[tokens.to(model.W_E.device)]
     W_OV = block.attn.W_V.detach() @ block.attn.W_O.detach()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from bilens.models.checkpoints import CheckpointError, read_json, read_safetensors
+from bilens.models.sources import CheckpointError, read_json, read_safetensors
 from bilens.tensor.bilinear import BilinearTensor
 
 from .sets import ImageSet

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from .published import UNREAD, CheckpointError, Keys, Layout, build_config
+from .attention import AttentionConfig
+from .embedding import UnembedConfig
+from .layers import NormConfig
+from .layouts import UNREAD, CheckpointError, Keys, Layout, blaming
+from .mlp import MLPConfig
 from .rotary import Rope
-
-if TYPE_CHECKING:
-    from .transformer import BilinearConfig
+from .transformer import BilinearConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # A "linear" gate is no gate: left and right are multiplied as they are.
@@ -115,7 +117,7 @@ class Llama(Layout):
         bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         return full[:1] != bare[:1]
 
-    def parts(self, name: str, rows: int, cfg: "BilinearConfig") -> dict[str, int]:
+    def parts(self, name: str, rows: int, cfg: BilinearConfig) -> dict[str, int]:
         """Return the tensors that a parameter is made of: queries, keys and values; gate and up; itself."""
         if not name.startswith("blocks."):
             top = {"embed.weight": self.embedding, "unembed.weight": "lm_head.weight"}
@@ -123,7 +125,7 @@ class Llama(Layout):
         _, layer, module, rest = name.split(".", 3)
         at, kind = f"model.layers.{layer}", rest.rsplit(".")[-1]
         if rest.startswith("qkv"):
-            shared = cfg.n_key_value_heads or cfg.n_heads
+            shared = cfg.attention.n_key_value_heads
             heads = {"q": cfg.n_heads, "k": shared, "v": shared}
             return {f"{at}.self_attn.{part}_proj.{kind}": n * cfg.d_head for part, n in heads.items()}
         if rest.startswith("w."):
@@ -132,36 +134,42 @@ class Llama(Layout):
         names |= {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
         return {f"{at}.{names[module]}.{kind}": rows}
 
-    def shape(self, config: Mapping[str, Any], d_vocab: int, path: Path) -> "BilinearConfig":
+    def shape(self, config: Mapping[str, Any], d_vocab: int, path: Path) -> BilinearConfig:
         """Read the model's shape off a config; the arguments are those of `Layout.shape`."""
         read = Keys(config, path)
-        fields: dict[str, Any] = {ours: read.size(theirs) for ours, theirs in SIZES.items()}
+        sizes = {ours: read.size(theirs) for ours, theirs in SIZES.items()}
         if read.size("vocab_size") != d_vocab:
             raise CheckpointError(
                 f"{path}: vocab_size is {read.size('vocab_size')}, but the embedding has {d_vocab} rows"
             )
-        n_heads = fields["n_heads"]
-        shared = read.size("num_key_value_heads", KEY_VALUE_HEADS.get(self.model_type, n_heads))
-        fields["n_key_value_heads"] = None if shared == n_heads else shared
-        if config.get("head_dim") is not None and read.size("head_dim") * n_heads != fields["d_model"]:
-            fields["head_dim"] = read.size("head_dim")
+        with blaming(path):
+            return BilinearConfig(
+                *(sizes[name] for name in ("n_layers", "d_model", "n_ctx")),
+                d_vocab,
+                attention=self._attention(read, sizes),
+                mlp=self._mlp(read, sizes["d_hidden"]),
+                norm=NormConfig(read.number("rms_norm_eps", 1e-6), gain=True),
+                unembed=UnembedConfig(tied=read.flag("tie_word_embeddings", False)),
+            )
+
+    def _attention(self, read: Keys, sizes: Mapping[str, int]) -> AttentionConfig:
+        n_heads = sizes["n_heads"]
+        fields: dict[str, Any] = {
+            "n_key_value_heads": read.size("num_key_value_heads", KEY_VALUE_HEADS.get(self.model_type, n_heads)),
+            "bias": (self.model_type == "qwen2", False),
+            "window": self._window(read, sizes["n_layers"]),
+            "rope": read_rope(read.config, sizes["n_ctx"], read.path),
+        }
+        if self.model_type == "llama":
+            fields["bias"] = (read.flag("attention_bias", False),) * 2
+        if read.config.get("head_dim") is None:
+            return AttentionConfig.of_width(sizes["d_model"], n_heads, **fields)
+        return AttentionConfig(n_heads, read.size("head_dim"), **fields)
+
+    def _mlp(self, read: Keys, d_hidden: int) -> MLPConfig:
         act = read.one_of("hidden_act", ACTS, "silu")
-        fields |= {"mlp": "bilinear" if act is None else "gated", "act": act}
-        is_llama = self.model_type == "llama"
-        fields["mlp_bias"] = (is_llama and read.flag("mlp_bias", False),) * 2
-        fields["attn_bias"] = (
-            (read.flag("attention_bias", False),) * 2 if is_llama else (self.model_type == "qwen2", False)
-        )
-        return build_config(
-            path,
-            **fields,
-            d_vocab=d_vocab,
-            norm="rms_gain",
-            eps=read.number("rms_norm_eps", 1e-6),
-            window=self._window(read, fields["n_layers"]),
-            rope=read_rope(config, fields["n_ctx"], path),
-            tied=read.flag("tie_word_embeddings", False),
-        )
+        bias = (self.model_type == "llama" and read.flag("mlp_bias", False),) * 2
+        return MLPConfig(d_hidden, "bilinear" if act is None else "gated", act, bias)
 
     def _window(self, read: Keys, n_layers: int) -> int | None:
         """Return how far attention sees; Llama has no window, whatever its config says."""
@@ -180,30 +188,30 @@ class Llama(Layout):
             )
         return read.size("sliding_window", 4096) if types[0] == "sliding_attention" else None
 
-    def keys(self, cfg: "BilinearConfig") -> dict[str, Any]:
+    def keys(self, cfg: BilinearConfig) -> dict[str, Any]:
         """Return the config keys that say what the model computes, for transformers 4 (`rope_scaling`) and later."""
         keys: dict[str, Any] = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()}
-        rope = write_rope(cfg.rope)
+        attention, rope = cfg.attention, write_rope(cfg.attention.rope)
         keys |= {
             "vocab_size": cfg.d_vocab,
-            "num_key_value_heads": cfg.n_key_value_heads or cfg.n_heads,
-            "head_dim": cfg.d_head,
-            "hidden_act": cfg.act or "linear",
+            "num_key_value_heads": attention.n_key_value_heads,
+            "head_dim": attention.d_head,
+            "hidden_act": cfg.mlp.act or "linear",
             "rms_norm_eps": cfg.eps,
-            "tie_word_embeddings": cfg.tied,
-            "rope_theta": cfg.rope.base,
+            "tie_word_embeddings": cfg.unembed.tied,
+            "rope_theta": attention.rope.base,
             "rope_scaling": rope if len(rope) > 1 else None,
-            "rope_parameters": {**rope, "rope_theta": cfg.rope.base},
+            "rope_parameters": {**rope, "rope_theta": attention.rope.base},
         }
         if self.model_type == "llama":
-            keys |= {"attention_bias": cfg.attn_bias[0], "mlp_bias": cfg.mlp_bias[0]}
+            keys |= {"attention_bias": attention.bias[0], "mlp_bias": cfg.mlp.bias[0]}
         if self.model_type == "mistral":
-            keys["sliding_window"] = cfg.window
+            keys["sliding_window"] = attention.window
         if self.model_type == "qwen2":
-            slides = cfg.window is not None
+            slides = attention.window is not None
             kind = "sliding_attention" if slides else "full_attention"
             keys |= {"use_sliding_window": slides, "max_window_layers": 0 if slides else cfg.n_layers}
-            keys |= {"layer_types": [kind] * cfg.n_layers, "sliding_window": cfg.window}
+            keys |= {"layer_types": [kind] * cfg.n_layers, "sliding_window": attention.window}
         return keys
 
 
@@ -230,7 +238,7 @@ def read_rope(config: Mapping[str, Any], n_ctx: int, path: Path) -> Rope:
     kind = read.one_of(key, {name: name for name in ("default", "linear", "llama3", "yarn")}, "default")
     before = config.get("original_max_position_embeddings") or told.get("original_max_position_embeddings") or n_ctx
     before = Keys({"original_max_position_embeddings": before}, path).size("original_max_position_embeddings")
-    try:
+    with blaming(f"{path}: rope_scaling of kind {kind!r}"):
         if kind == "default":
             return Rope(base, kind)
         if kind == "linear":
@@ -242,10 +250,6 @@ def read_rope(config: Mapping[str, Any], n_ctx: int, path: Path) -> Rope:
         turns = read.number("beta_slow", 1.0), read.number("beta_fast", 32.0)
         gain = read.number("attention_factor", _yarn_gain(factor, told.get("mscale"), told.get("mscale_all_dim")))
         return Rope(base, kind, factor, before, turns, gain, read.flag("truncate", True))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: rope_scaling of kind {kind!r}: {error}") from error
 
 
 def _yarn_gain(factor: float, scale: float | None, scale_all: float | None) -> float:

@@ -287,7 +287,7 @@ def check_sae(model: BilinearTransformer, sae: SAE, hook: str) -> None:
     Raises:
         ValueError: It is of another width, of another hook point, or was fitted to a model with other weights.
     """
-    model._check_hook_name(hook)
+    model.check_hook_name(hook)
     if sae.cfg.d_in != model.cfg.d_model:
         raise ValueError(f"the SAE at {hook} must read {model.cfg.d_model} dimensions (d_model), got {sae.cfg.d_in}")
     own = sae.cfg.metadata.hook_name

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bilens.models.checkpoints import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
+from bilens.models.sources import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
 from bilens.models.transformer import BilinearTransformer
 
 POINTS = {  # names of the published layout, and what they are called here
@@ -376,7 +376,7 @@ def fit(
     if isinstance(hooks, str) or not hooks:
         raise ValueError(f"hooks must be a list of hook point names, got {hooks!r}")
     for hook in hooks:
-        model._check_hook_name(hook)
+        model.check_hook_name(hook)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = to_rows(model, dataset)

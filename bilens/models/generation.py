@@ -1,0 +1,135 @@
+"""Continuing a text token by token, without running again what cannot have changed."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from .attention import KeyValue, geometry
+from .hooks import HookedModel
+from .text import Text, TextInterface
+
+
+class Generation(TextInterface, HookedModel):
+    """What a model of blocks that reads text does to continue it."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input: Text | Int[Tensor, "batch seq"] | Int[Tensor, " seq"] = "",
+        max_new_tokens: int = 40,
+        *,
+        temperature: int | float = 1.0,
+        top_k: int | None = None,
+        attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
+        fwd_hooks: Iterable[tuple[str | Callable[[str], bool], Callable]] = (),
+        stop_at_eos: bool = True,
+        prepend_bos: bool = True,
+        use_past_kv_cache: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> str | list[str] | Int[Tensor, "batch total"]:
+        """Continue a text, or each text of a list, or token ids.
+
+        Keys and values are kept for the blocks before the first hooked one, and the residual stream that enters it;
+        from there on every step runs the whole sequence. So a hook always sees `[batch, everything so far, ...]`, and
+        the result is that of generation without a cache, also under interventions.
+
+        Args:
+            input: A text, a list of texts (padded on the left), or token ids.
+            max_new_tokens: How many tokens to add at most.
+            temperature: Logits are divided by it; 0 takes the most probable token.
+            top_k: Sample among the `top_k` most probable tokens only.
+            attention_mask: Marks padding in token ids, which must be on the left.
+            fwd_hooks: Interventions, as for `hooks`.
+            stop_at_eos: A text that has produced EOS is finished; the others go on.
+            prepend_bos: Whether a text starts with BOS.
+            use_past_kv_cache: Whether to keep keys and values between steps; the result is the same.
+            generator: Source of randomness; torch's default one if `None`.
+
+        Returns:
+            Text for a text (without special tokens), a list for a list, ids for ids (prompt included in each).
+
+        Raises:
+            ValueError: Prompt and new tokens exceed the context, or an argument is out of range.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+        tokens, mask = self.read(input, attention_mask, prepend_bos, padding_side="left")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError("attention_mask must pad on the left for generation: the last position is a padding")
+        if tokens.shape[1] + max_new_tokens > self.cfg.n_ctx:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} on top of a prompt of {tokens.shape[1]} tokens exceeds the context "
+                f"of {self.cfg.n_ctx}; ask for at most {self.cfg.n_ctx - tokens.shape[1]}"
+            )
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        eos = self.eos_id if stop_at_eos and self.tokenizer is not None else None
+        with self.hooks(fwd_hooks=list(fwd_hooks)):
+            steps = _Stepper(self, use_past_kv_cache)
+            for _ in range(max_new_tokens):
+                chosen = _sample(steps.next_logits(tokens, mask), temperature, top_k, generator)
+                if eos is not None:
+                    chosen = chosen.masked_fill(done, eos)
+                    done |= chosen == eos
+                tokens = torch.cat((tokens, chosen[:, None]), 1)
+                mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+                if done.all():
+                    break
+        if isinstance(input, Tensor):
+            return tokens
+        texts = self.to_string(tokens, skip_special_tokens=True)
+        return texts[0] if isinstance(input, str) else texts
+
+
+class _Stepper:
+    """Next-token logits for a growing sequence, without running again what cannot have changed."""
+
+    def __init__(self, model: Generation, use_cache: bool):
+        self.model = model
+        self.first_hooked = _first_hooked_layer(model) if use_cache else 0
+        self.past: list[KeyValue | None] = [None] * self.first_hooked
+        self.resid: Tensor | None = None
+
+    def next_logits(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch vocab"]:
+        """Return the logits after the last of `tokens`, which extend those of the call before by any number."""
+        model, keys = self.model, tokens.shape[1]
+        padding = None if mask.all() else mask
+        new = keys if self.resid is None or not self.first_hooked else keys - self.resid.shape[1]
+        x = model.hook_embed(model.embed(tokens[:, keys - new :]))
+        rotary, attend = geometry(model.cfg.attention, padding, keys, new, x)
+        for layer, block in enumerate(model.blocks[: self.first_hooked]):
+            x, self.past[layer] = block(x, rotary, attend, self.past[layer])
+        if self.resid is not None and self.first_hooked:
+            x = torch.cat((self.resid, x), 1)
+        self.resid = x
+        rotary, attend = geometry(model.cfg.attention, padding, keys, keys, x)
+        for block in model.blocks[self.first_hooked :]:
+            x, _ = block(x, rotary, attend)
+        return model.unembed(model.ln_final(x)[:, -1])
+
+
+def _first_hooked_layer(model: Generation) -> int:
+    """Return the first block with a hook, 0 if the embedding has one, n_layers if none has."""
+    if model.hook_embed.has_hooks():
+        return 0
+    for layer, block in enumerate(model.blocks):
+        if any(module.has_hooks() for module in block.modules() if isinstance(module, HookPoint)):
+            return layer
+    return model.cfg.n_layers
+
+
+def _sample(logits: Tensor, temperature: int | float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,134 @@
+"""Hook points by name: which there are, what each sees, and running with them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any, TypeAlias
+
+from transformer_lens import ActivationCache, HookedRootModule
+
+NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
+
+KEY_VALUE_HOOKS = ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")  # their heads are key-value heads
+# Shape and meaning of each hook point, by its name within the block.
+HOOK_MEANINGS = {
+    "hook_embed": ("batch seq d_model", "token embeddings, the start of the residual stream"),
+    "hook_resid_pre": ("batch seq d_model", "residual stream entering the block"),
+    "ln1.hook_scale": ("batch seq 1", "root mean square of resid_pre, what the norm divides by"),
+    "ln1.hook_normalized": ("batch seq d_model", "resid_pre / scale, before the norm's gain if it has one"),
+    "attn.hook_q": ("batch seq head d_head", "queries before rotation"),
+    "attn.hook_k": ("batch seq head d_head", "keys before rotation"),
+    "attn.hook_v": ("batch seq head d_head", "values"),
+    "attn.hook_rot_q": ("batch seq head d_head", "queries after rotation by position"),
+    "attn.hook_rot_k": ("batch seq head d_head", "keys after rotation by position"),
+    "attn.hook_q2": ("batch seq head d_head", "second queries before rotation (bilinear attention)"),
+    "attn.hook_k2": ("batch seq head d_head", "second keys before rotation (bilinear attention)"),
+    "attn.hook_rot_q2": ("batch seq head d_head", "second queries after rotation (bilinear attention)"),
+    "attn.hook_rot_k2": ("batch seq head d_head", "second keys after rotation (bilinear attention)"),
+    "attn.hook_attn_scores": ("batch head query key", "scores before the softmax, -inf where masked"),
+    "attn.hook_pattern": ("batch head query key", "weights of the values, after the softmax"),
+    "attn.hook_z": ("batch seq head d_head", "pattern-weighted sum of values"),
+    "attn.hook_result": ("batch seq head d_model", "what each head adds to the residual stream, scale included"),
+    "hook_attn_out": ("batch seq d_model", "what attention adds to the residual stream, scale included"),
+    "hook_resid_mid": ("batch seq d_model", "residual stream between attention and MLP"),
+    "ln2.hook_scale": ("batch seq 1", "root mean square of resid_mid"),
+    "ln2.hook_normalized": ("batch seq d_model", "resid_mid / scale, before the norm's gain if it has one"),
+    "hook_mlp_in": ("batch seq d_model", "what enters the MLP, after the norm"),
+    "mlp.hook_pre": ("batch seq hidden", "left factor, before its activation if the MLP is gated or plain"),
+    "mlp.hook_pre_linear": ("batch seq hidden", "right factor"),
+    "mlp.hook_post": ("batch seq hidden", "their product, what the down projection reads"),
+    "hook_mlp_out": ("batch seq d_model", "what the MLP adds to the residual stream"),
+    "hook_resid_post": ("batch seq d_model", "residual stream leaving the block"),
+    "ln_final.hook_scale": ("batch seq 1", "root mean square of the last resid_post"),
+    "ln_final.hook_normalized": ("batch seq d_model", "last resid_post / scale, what the unembedding reads"),
+}
+
+
+class HookedModel(HookedRootModule):
+    """A module with transformer_lens' interface to hooks that refuses names which no hook point has."""
+
+    @contextmanager
+    def hooks(self, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False):
+        """Add hooks for the length of a `with` block; they are removed at its end, also after an exception.
+
+        Args:
+            fwd_hooks: Pairs of a hook name (or a predicate on names) and a function `f(activation, hook)`; what it
+                returns replaces the activation, unless it is `None`.
+            bwd_hooks: The same for gradients.
+            reset_hooks_end: Whether to remove the hooks at the end.
+            clear_contexts: Whether to clear the hook points' `ctx` too.
+
+        Raises:
+            ValueError: No hook point has that name.
+        """
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            self.check_hook_name(name)
+        with super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            yield self
+
+    def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
+        """Add a hook that stays until `reset_hooks()`; see `hooks` for one that removes itself.
+
+        Raises:
+            ValueError: No hook point has that name.
+        """
+        self.check_hook_name(name)
+        super().add_hook(name, hook, *args, **kwargs)
+
+    def run_with_cache(
+        self, *model_args: Any, names_filter: NamesFilter = None, return_cache_object: bool = True, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Run the model and keep the activations of the hook points that `names_filter` selects.
+
+        Args:
+            *model_args: As for `forward`.
+            names_filter: A name, a list of names or a predicate; `None` keeps everything. Cost: keeping
+                `attn.hook_result` makes attention write head by head, `[batch, seq, head, d_model]`.
+            return_cache_object: Return transformer_lens' `ActivationCache` rather than a dict.
+            **kwargs: As for `forward` (`attention_mask`, `stop_at_layer`, ...) and transformer_lens' `run_with_cache`
+                (`remove_batch_dim`, `incl_bwd`, `device`, `pos_slice`).
+
+        Returns:
+            The model's output and the cache.
+
+        Raises:
+            ValueError: `names_filter` names no hook point.
+        """
+        if isinstance(names_filter, str):
+            self.check_hook_name(names_filter)
+        elif names_filter is not None and not callable(names_filter):
+            names_filter = list(names_filter)
+            for name in names_filter:
+                self.check_hook_name(name)
+        out, cache = super().run_with_cache(*model_args, names_filter=names_filter, **kwargs)
+        if not return_cache_object:
+            return out, cache
+        return out, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    def check_hook_name(self, name: str | Callable[[str], bool]) -> None:
+        """Raise a ValueError if no hook point has that name; predicates on names pass."""
+        if callable(name) or name in self.hook_dict:
+            return
+        near = get_close_matches(name, self.hook_dict, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "model.hook_table() lists them"
+        raise ValueError(f"no hook point is named {name!r}; {hint}")
+
+    def hook_table(self) -> None:
+        """Print every hook point with its shape and meaning; a block's are listed once, for all layers."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        axes = {name: getattr(self.cfg, name) for name in ("d_model", "d_head")}
+        axes |= {"head": self.cfg.n_heads, "hidden": self.cfg.d_hidden}
+        shared = axes | {"head": self.cfg.attention.n_key_value_heads}
+        table = Table(box=box.SIMPLE, title=f"hook points; i = 0..{self.cfg.n_layers - 1}")
+        for column in ("hook point", "shape", "meaning"):
+            table.add_column(column, overflow="fold")
+        for name, (shape, meaning) in HOOK_MEANINGS.items():
+            if name in self.hook_dict or f"blocks.0.{name}" in self.hook_dict:
+                sizes = shared if name in KEY_VALUE_HOOKS else axes
+                sized = [f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in shape.split()]
+                table.add_row(name if name in self.hook_dict else f"blocks.{{i}}.{name}", ", ".join(sized), meaning)
+        Console(width=120).print(table)

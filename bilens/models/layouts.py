@@ -1,0 +1,115 @@
+"""What is common to the families of checkpoints: how a config is read, and what a layout has to say."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .sources import CheckpointError
+from .transformer import BilinearConfig, BilinearTransformer
+
+UNREAD = {  # written by transformers or by training; without effect on what the model computes
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "auto_map", "_name_or_path"),
+    *("repo", "modifier", "noise", "attn_dropout", "embed_dropout", "mlp_dropout", "resid_dropout"),
+}
+
+
+class Layout(ABC):
+    """A family of checkpoints: what its config keys mean, and which tensors make up each parameter of the model."""
+
+    embedding: str  # the published name of the token embedding
+    labels: dict[str, Any]  # config keys that name the format
+    known: frozenset[str]  # config keys that are read, or that change nothing of what the model computes
+
+    @abstractmethod
+    def shape(self, config: Mapping[str, Any], d_vocab: int, path: Path) -> BilinearConfig:
+        """Read the model's shape off a config.
+
+        Args:
+            config: The published keys.
+            d_vocab: Rows of the embedding, which decide the vocabulary.
+            path: The file, for error messages.
+
+        Raises:
+            CheckpointError: A key that contradicts itself, the embedding, or what the hooked model can compute.
+        """
+
+    @abstractmethod
+    def keys(self, cfg: BilinearConfig) -> dict[str, Any]:
+        """Return the config keys that say what the model computes; `shape` reads them back."""
+
+    @abstractmethod
+    def parts(self, name: str, rows: int, cfg: BilinearConfig) -> dict[str, int]:
+        """Return the tensors that a parameter of so many rows is made of, one above the other, each with its rows."""
+
+    def has_bos(self, tokenizer: Tokenizer) -> bool:
+        """Tell whether models of this format were trained on texts that start with BOS; the published ones were."""
+        return True
+
+    def expresses(self, cfg: BilinearConfig) -> bool:
+        """Tell whether a config of this format can say what the model computes."""
+        try:
+            return self.shape(self.keys(cfg), cfg.d_vocab, Path("config.json")) == cfg
+        except CheckpointError:  # an activation that no model of this format has
+            return False
+
+    def config(self, model: BilinearTransformer) -> dict[str, Any]:
+        """Return the config of a model: what it came with, updated by what it is."""
+        dtype = str(model.W_E.dtype).removeprefix("torch.")
+        return {**model.source, **self.labels, "dtype": dtype, **self.keys(model.cfg)}
+
+
+@contextmanager
+def blaming(what: str | Path) -> Iterator[None]:
+    """Turn a ValueError, of a config's part that refuses its fields, into a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+
+
+class Keys:
+    """Typed access to a config, with errors that name the file and the key."""
+
+    def __init__(self, config: Mapping[str, Any], path: Path):
+        self.config, self.path = config, path
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """Return a positive integer; `default`, if there is one, also where the config says null."""
+        value = self.config.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            got = repr(value) if key in self.config else "nothing"
+            raise CheckpointError(f"{self.path}: {key} must be a positive integer, got {got}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a positive finite number; `default`, if there is one, also where the config says null."""
+        value = self.config.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            got = repr(value) if key in self.config else "nothing"
+            raise CheckpointError(f"{self.path}: {key} must be a positive number, got {got}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean."""
+        return self.one_of(key, {True: True, False: False}, default)
+
+    def one_of(self, key: str, allowed: Mapping[Any, Any], default: Any = ...) -> Any:
+        """Return what the key's value means, by a table."""
+        value = self.config.get(key, default)
+        for choice, meaning in allowed.items():
+            if value == choice and type(value) is type(choice):
+                return meaning
+        choices = ", ".join(repr(choice) for choice in allowed)
+        got = "nothing" if value is ... else repr(value)
+        raise CheckpointError(f"{self.path}: {key} must be one of {choices}, got {got}")

@@ -1,0 +1,165 @@
+"""Text to token ids and back: the one owner of BOS, case and padding."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+Text: TypeAlias = str | Sequence[str]
+
+
+class TextInterface:
+    """What a model with a `tokenizer` does with text: transformer_lens' interface."""
+
+    tokenizer: Tokenizer | None
+    has_bos: bool  # False for models trained without BOS, whose texts then start without (Qwen)
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the token that starts every text."""
+        return self._special_id("BOS", ("[BOS]", "<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "[CLS]"))
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a text; also used for padding, as in the published models."""
+        return self._special_id("EOS", ("[EOS]", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"))
+
+    def _special_id(self, role: str, names: Sequence[str]) -> int:
+        for name in names:
+            token = self._tokenizer.token_to_id(name)
+            if token is not None:
+                return token
+        raise ValueError(f"the tokenizer has no {role} token: looked for {', '.join(names)}")
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer, so it takes token ids only; put a tokenizer.json beside its weights or "
+                "pass tokenizer= to bilens.load"
+            )
+        return self.tokenizer
+
+    def encode(
+        self, text: Text, prepend_bos: bool, padding_side: str, truncate: bool
+    ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """Tokenise and pad: ids, and False at padding; arguments and errors as for `to_tokens`."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("input must hold at least one text, got an empty list")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        rows = []
+        for index, one in enumerate(texts):
+            row = self._tokenizer.encode(one, add_special_tokens=False).ids
+            if prepend_bos and self.has_bos and row[:1] != [self.bos_id]:  # not a second one after one spelt out
+                row = [self.bos_id, *row]
+            if len(row) > self.cfg.n_ctx and not truncate:
+                raise ValueError(
+                    f"text {index} has {len(row)} tokens (BOS included), more than the context of {self.cfg.n_ctx}: "
+                    f"shorten it, or cut it with model.to_tokens(text, truncate=True); it starts {one[:40]!r}"
+                )
+            rows.append(row[: self.cfg.n_ctx])
+        length = max(map(len, rows))
+        if length == 0:
+            missing = "prepend_bos is False" if self.has_bos else "the model has no BOS"
+            raise ValueError(f"input is empty text and {missing}, so there is no token to run on")
+        ids = torch.full((len(rows), length), self.eos_id)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            where = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+            ids[index, where], mask[index, where] = torch.tensor(row, dtype=torch.long), True
+        return ids.to(self.W_E.device), mask.to(self.W_E.device)
+
+    def read(
+        self, input: Text | Tensor, mask: Tensor | None, prepend_bos: bool, padding_side: str = "right"
+    ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"] | None]:
+        """Return text or token ids as ids on the model's device, and False at padding; `None` if there is none.
+
+        Raises:
+            ValueError: A token id outside the vocabulary, more tokens than the context, no token, a mask of another
+                shape or with text.
+        """
+        if not isinstance(input, Tensor):
+            if mask is not None:
+                raise ValueError("attention_mask goes with token ids; texts are padded and masked by the model itself")
+            input, mask = self.encode(input, prepend_bos, padding_side, truncate=False)
+        tokens = torch.atleast_2d(input).to(self.W_E.device)
+        mask = self.check_mask(mask, tokens)
+        if tokens.min() < 0 or tokens.max() >= self.cfg.d_vocab:
+            bad = tokens[(tokens < 0) | (tokens >= self.cfg.d_vocab)][0].item()
+            raise ValueError(f"input must hold token ids from 0 to {self.cfg.d_vocab - 1}, got {bad}")
+        return tokens, mask
+
+    def check_mask(self, mask: Tensor | None, input: Tensor) -> Bool[Tensor, "batch seq"] | None:
+        """Return the mask of token ids or a residual stream, `None` if it masks nothing; both are checked."""
+        batch, seq = input.shape[:2]
+        if seq > self.cfg.n_ctx:
+            raise ValueError(f"input has {seq} tokens, more than the context of {self.cfg.n_ctx}")
+        if batch == 0 or seq == 0:
+            raise ValueError(f"input must hold at least one token, got shape {tuple(input.shape[:2])}")
+        if mask is None:
+            return None
+        if mask.shape != (batch, seq):
+            raise ValueError(f"attention_mask must have the input's shape {(batch, seq)}, got {tuple(mask.shape)}")
+        mask = mask.to(input.device).bool()
+        return None if mask.all() else mask
+
+    def to_tokens(
+        self, input: Text, prepend_bos: bool = True, padding_side: str = "right", truncate: bool = False
+    ) -> Int[Tensor, "batch seq"]:
+        """Tokenise text: case and accents as the tokenizer has it, exactly one BOS, padded with EOS.
+
+        Args:
+            input: A text or a list of texts. Characters that the tokenizer does not know become its `[UNK]`.
+            prepend_bos: Whether to start with BOS. A text that begins with a spelt-out BOS gets no second one, and
+                none gets one from a model trained without (`has_bos`).
+            padding_side: `"right"` or `"left"`.
+            truncate: Keep the first `n_ctx` tokens of a longer text rather than raise.
+
+        Raises:
+            ValueError: A text longer than the context, or no tokens at all.
+        """
+        return self.encode(input, prepend_bos, padding_side, truncate)[0]
+
+    def to_string(self, tokens: Tensor | Sequence[int] | int, skip_special_tokens: bool = False) -> str | list[str]:
+        """Turn token ids into text, special tokens included unless skipped; a batch gives a list."""
+        tokens = torch.as_tensor(tokens)
+        if tokens.ndim > 1:
+            return [self.to_string(row, skip_special_tokens) for row in tokens]
+        return self._tokenizer.decode(torch.atleast_1d(tokens).tolist(), skip_special_tokens)
+
+    def to_str_tokens(self, input: Text | Tensor | Sequence[int], prepend_bos: bool = True) -> list:
+        """Show the tokens one by one; `##` marks a piece that continues a word. A list of texts gives a list."""
+        if isinstance(input, str):
+            input = self.to_tokens(input, prepend_bos, truncate=False)[0]
+        elif len(input) and isinstance(input[0], str):
+            return [self.to_str_tokens(text, prepend_bos) for text in input]
+        input = torch.as_tensor(input)
+        if input.ndim == 2:
+            rows = [self.to_str_tokens(row) for row in input]
+            return rows[0] if len(rows) == 1 else rows
+        return [self._tokenizer.id_to_token(token) for token in torch.atleast_1d(input).tolist()]
+
+    def to_single_token(self, string: str) -> int:
+        """Return the id of a text that is one token.
+
+        Raises:
+            ValueError: It is more than one token, or none that the tokenizer knows.
+        """
+        tokens = self._tokenizer.encode(string, add_special_tokens=False).ids
+        if len(tokens) != 1 or self._tokenizer.id_to_token(tokens[0]) in ("[UNK]", "<unk>"):
+            pieces = [self._tokenizer.id_to_token(token) for token in tokens]
+            raise ValueError(f"{string!r} is not a single token: the tokenizer makes it {pieces}")
+        return tokens[0]
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*batch d_model"]:
+        """Return the unembedding direction of each token (text or id): the residual direction that raises its logit."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        elif isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str):
+            tokens = [self.to_single_token(token) for token in tokens]
+        return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
