@@ -1,15 +1,18 @@
 """Gates on their way to linear maps: where the way starts and ends, and that the end is a bilinear model."""
 
+import copy
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import lambertw
 
 import bilens
 from bilens.models import annealing, fits, gates
 from bilens.models.mlp import ACTIVATIONS
-from bilens.models.schedules import SCHEDULES, alpha_at
+from bilens.models.schedules import SCHEDULES, alpha_at, exponential
 from bilens.tensor.polynomials import check_quadratic
 
 ACTS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -45,6 +48,14 @@ def test_schedules_are_the_published_functions():
     assert alpha_at("logistic", p) == pytest.approx((sigmoid[1] - sigmoid[0]) / (sigmoid[2] - sigmoid[0]))
 
 
+@pytest.mark.parametrize("sharpness", [1.05, 2.0, 5.0])
+def test_an_exponential_schedule_is_complete_where_it_says(sharpness):
+    end = -lambertw(-sharpness * math.exp(-sharpness)).real / sharpness
+    assert exponential(end, sharpness) == pytest.approx(1)
+    assert exponential(end + 1e-6, sharpness) == exponential(1.0, sharpness) == 1
+    assert exponential(end - 1e-3, sharpness) < 1 - 1e-5
+
+
 @pytest.mark.parametrize(
     ("schedule", "progress", "message"),
     [
@@ -73,6 +84,18 @@ def test_a_path_leads_from_the_activation_to_half_its_argument(act):
     switch = gate(z) / z
     assert ((switch > 0) & (switch < 1)).all()
     torch.testing.assert_close(switch + switch.flip(0), torch.ones_like(switch))  # the odd part stays z/2 on the way
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act", ACTS)
+def test_a_gate_in_half_precision_is_the_exact_one_rounded(act, dtype):
+    z = torch.linspace(-6, 6, 100, dtype=dtype)
+    gate, exact = gates.Gate(act).to(dtype), gates.Gate(act).double()
+    for alpha in (0, 0.5, 0.99, 0.9999, 1):
+        gate.set_alpha(alpha)
+        exact.set_alpha(gate.alpha)
+        torch.testing.assert_close(gate(z).double(), exact(z.double()), rtol=0.03, atol=0.01)
+    torch.testing.assert_close(gate(z), z / 2, rtol=0, atol=0)
 
 
 def test_swish_is_the_formula_of_the_paper():
@@ -209,6 +232,27 @@ def test_a_norm_of_inputs_of_one_length_is_fitted_exactly(make_model, tokens):
     torch.testing.assert_close(x @ fit.weight.T, model.blocks[0].ln1(x))
 
 
+def test_norms_of_float16_are_fitted_though_squares_overflow(make_model, tokens):
+    model = make_model(**GATED, norm="rms_gain", dtype=torch.float32)
+    with torch.no_grad():
+        model.embed.weight.mul_(500)
+    half = copy.deepcopy(model).half()
+    found, expected = fits.fit_norms(half, tokens), fits.fit_norms(half.float(), tokens)
+    for name, fit in found.items():
+        assert fit.r2 == pytest.approx(expected[name].r2, abs=0.01)
+        assert fit.weight.dtype == torch.float16
+
+
+def test_whatever_norm_there_is_is_fitted(make_model, tokens):
+    model = make_model(**GATED)
+    model.blocks[1].ln2 = torch.nn.LayerNorm(16, dtype=torch.float64)
+    _, cache = model.run_with_cache(tokens)
+    x, y = cache["blocks.1.hook_resid_mid"].flatten(0, 1), cache["blocks.1.hook_mlp_in"].flatten(0, 1)
+    fit = fits.fit_norms(model, tokens)["blocks.1.ln2"]
+    torch.testing.assert_close(fit.weight, torch.linalg.lstsq(x, y, driver="gelsd")[0].T, rtol=1e-6, atol=1e-6)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +273,9 @@ def test_what_does_not_fit_is_refused(make_model, tokens):
     soft = annealing.prepare(model)
     with pytest.raises(ValueError, match="being annealed already"):
         annealing.prepare(soft)
+    found = fits.fit_norms(model, tokens)
+    with pytest.raises(ValueError, match="being annealed already: its norms"):
+        fits.fit_norms(annealing.prepare(model, norms=found), tokens)
     with pytest.raises(ValueError, match="gates must be at alpha 1 to be folded"):
         annealing.fold(soft)
     with pytest.raises(ValueError, match="model must be one that `prepare` returned"):

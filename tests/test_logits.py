@@ -26,7 +26,7 @@ def test_a_norm_is_factor_times_x_plus_shift(model):
         gain, also = norm.affine(x)
         torch.testing.assert_close(factor, (gain / norm.rms(x)).expand_as(x), rtol=0, atol=0)
         assert torch.equal(shift, also)
-    assert isinstance(model.ln_final, NoNorm if model.cfg.norm == "none" else RMSNorm)
+    assert isinstance(model.ln_final, NoNorm if model.cfg.norm is None else RMSNorm)
 
 
 def test_the_root_mean_square_is_what_the_hook_sees(make_model):

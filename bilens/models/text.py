@@ -162,4 +162,4 @@ class TextInterface:
             tokens = self.to_single_token(tokens)
         elif isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str):
             tokens = [self.to_single_token(token) for token in tokens]
-        return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
+        return self.W_U.T[torch.as_tensor(tokens).to(self.W_U.device)]
