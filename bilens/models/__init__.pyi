@@ -6,3 +6,4 @@ from . import llama as llama
 from . import published as published
 from . import rotary as rotary
 from . import transformer as transformer
+from . import windows as windows
