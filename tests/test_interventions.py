@@ -374,14 +374,6 @@ def test_a_planted_pair_beats_its_matched_pairs(lens, generator):
     assert norms[0] < norms[1]
 
 
-def test_a_negation_circuit_is_accepted(lens, circuit):
-    told = circuits.NegationCircuit(
-        LAYER, ("negated", "positive"), circuit.feature, circuit.left, circuit.right, 0.0, 1, 1.0, 0.0, {}, {}, {}, 0.0
-    )
-    one, other = (interventions.remove_pair(lens, which) for which in (told, circuit))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
 # -- steering ---------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,6 @@ def path(lens, findings, flips, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.html"
     options = {"discoveries": findings[0], "ranking": circuits.outliers(lens), "title": "A <title> & more"}
     options["strongest"] = bilens.top_interactions(lens.tensor, 10, out=lens.readers, inp=lens.writers)
-    options["negation"] = circuits.find_negation({2: lens})
     couplings, test = flips
     options |= {"couplings": couplings, "coupling_test": test}
     return report.write_report(out, lens, findings[1], generator=torch.Generator().manual_seed(0), **options)

@@ -11,12 +11,9 @@ from .interventions import Circuit as Circuit
 from .interventions import remove_pair as remove_pair
 from .interventions import test as test
 from .layer import FeatureLayer as FeatureLayer
-from .layer import NegationCircuit as NegationCircuit
 from .layer import Outliers as Outliers
 from .layer import Prediction as Prediction
 from .layer import Removal as Removal
-from .layer import find_negation as find_negation
-from .layer import negation_sentences as negation_sentences
 from .layer import outliers as outliers
 from .layer import pairs as pairs
 from .layer import predict as predict

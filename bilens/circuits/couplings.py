@@ -20,11 +20,15 @@ from bilens.models.layers import RMSNorm
 from bilens.saes.stored import Rows, activations, to_rows, trim
 
 from .interventions import Effects, Windows, percentiles, product, without_pairs
-from .layer import ADJECTIVES, FeatureLayer
+from .layer import FeatureLayer
 from .motifs import Group, benjamini_hochberg
 
 COUPLING_NULLS = ("features", "weights")
 NEGATORS = ("not", "no", "never", "t", "nothing", "none", "nobody", "nor", "neither", "without", "hardly")
+ADJECTIVES = {
+    "positive": ("good", "great", "funny", "interesting", "beautiful", "entertaining", "convincing", "believable"),
+    "negative": ("bad", "boring", "terrible", "awful", "stupid", "predictable", "horrible", "ridiculous"),
+}
 _ROWS = 32
 
 
@@ -208,7 +212,7 @@ def negation_couplings(
     The groups come from the feature cards of the input SAE, so from text alone: negators are the features with a
     negating word at or up to three tokens before their peaks (`FeatureCards.near`), sentiment the features whose AUROC
     for the label differs from one half, weighted by that difference (`FeatureCards.telling`). The output direction is
-    the mean unembedding of `circuits.ADJECTIVES`, positive less negative. The weights then say how both groups together
+    the mean unembedding of `ADJECTIVES`, positive less negative. The weights then say how both groups together
     act on it: negators flip sentiment if the value is negative.
 
     Args:

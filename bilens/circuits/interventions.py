@@ -24,7 +24,7 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.saes.stored import Rows, activations, text_of_rows, to_rows, trim
 from bilens.tensor.bilinear import homogeneous
 
-from .layer import FeatureLayer, NegationCircuit, top_eigen
+from .layer import FeatureLayer, top_eigen
 from .motifs import Discovery
 
 _ROWS = 32  # windows that run at a time
@@ -58,9 +58,6 @@ class Circuit:
         right = discovery.groups[1].features if len(discovery.groups) > 1 else torch.arange(len(strength))
         i, j = divmod(int(strength[left][:, right].argmax()), len(right))
         return cls(lens.layer, discovery.out, int(left[i]), int(right[j]))
-
-
-AnyCircuit = Circuit | NegationCircuit
 
 
 # -- edits of the running model ---------------------------------------------------------------------------------------
@@ -288,7 +285,7 @@ def _polar(
 
 
 def remove_pair(
-    model_or_lens: BilinearTransformer | FeatureLayer, circuit: AnyCircuit, saes: str | Path = "bilens-mini"
+    model_or_lens: BilinearTransformer | FeatureLayer, circuit: Circuit, saes: str | Path = "bilens-mini"
 ) -> BilinearTransformer:
     """Return a copy of the model in which two input features no longer interact in the output feature.
 
@@ -319,7 +316,7 @@ def remove_pair(
     return model
 
 
-def removal_bound(lens: FeatureLayer, circuit: AnyCircuit) -> Float[Tensor, " feature"]:
+def removal_bound(lens: FeatureLayer, circuit: Circuit) -> Float[Tensor, " feature"]:
     """Bound what `remove_pair` does to each output feature, per squared norm of what enters the MLP.
 
     `|Δpre_o| ≤ |Q_ij| |r_o·r| / ‖r‖² · ‖S‖_2 / ‖S‖_F² · ‖x‖²` with `‖S‖_2 = (‖d_i‖ ‖d_j‖ + |d_i·d_j|) / 2`, S and Q_ij
@@ -358,11 +355,9 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _resolve(
-    model_or_lens: BilinearTransformer | FeatureLayer, circuit: AnyCircuit, saes: str | Path
+    model_or_lens: BilinearTransformer | FeatureLayer, circuit: Circuit, saes: str | Path
 ) -> tuple[FeatureLayer, Circuit]:
     """Return the layer and the circuit in it, after a look at both."""
-    if isinstance(circuit, NegationCircuit):
-        circuit = Circuit(circuit.layer, circuit.feature, circuit.negation, circuit.sentiment)
     is_lens = isinstance(model_or_lens, FeatureLayer)
     lens = model_or_lens if is_lens else FeatureLayer.load(model_or_lens, circuit.layer, saes)
     if lens.layer != circuit.layer:
@@ -569,7 +564,7 @@ def _pearson(a: Tensor, b: Tensor, least: int) -> float:
 @torch.no_grad()
 def test(
     model_or_lens: BilinearTransformer | FeatureLayer,
-    circuit: AnyCircuit,
+    circuit: Circuit,
     texts: Sequence[str] | Int[Tensor, "row seq"],
     *,
     generator: torch.Generator,

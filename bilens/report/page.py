@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.interventions import CircuitTest
-from bilens.circuits.layer import FeatureLayer, NegationCircuit, Outliers, Prediction, pairs, predict_all, top_eigen
+from bilens.circuits.layer import FeatureLayer, Outliers, Prediction, pairs, predict_all, top_eigen
 from bilens.circuits.motifs import Discoveries, Discovery, Group
 from bilens.saes.cards import FeatureCards
 from bilens.tensor.interactions import Interactions
@@ -86,7 +86,6 @@ def write_report(
     discoveries: Discoveries | None = None,
     ranking: Outliers | None = None,
     strongest: Interactions | None = None,
-    negation: NegationCircuit | None = None,
     couplings: NegationCouplings | None = None,
     coupling_test: CouplingTest | None = None,
     generator: torch.Generator | None = None,
@@ -106,7 +105,6 @@ def write_report(
         discoveries: What the search found in all output features.
         ranking: Output features by spectral outliers.
         strongest: The strongest pairs of the whole layer.
-        negation: The strongest single pair of negation and sentiment, if it has been located.
         couplings: Negators and sentiment as groups, layer by layer.
         coupling_test: Their products taken out of the running model.
         generator: Of the random output directions whose spectra are drawn; no such band if `None`.
@@ -121,8 +119,6 @@ def write_report(
     parts.append(_summary(lens, findings, discoveries))
     if couplings is not None:
         parts.append(_couplings(lens, couplings, coupling_test))
-    if negation is not None:
-        parts.append(_negation(negation))
     parts += [_finding(lens, one, number, null) for number, one in enumerate(findings, 1)]
     parts.append(_cards(lens, findings, [] if couplings is None else _members(lens, couplings)))
     parts.append(_layer(lens, ranking, strongest))
@@ -563,41 +559,6 @@ def _coupling_tested(test: CouplingTest | None) -> str:
         f"{test.coupling.layer} at {len(test.measured)} positions. Among {n} random groups in place of the negators "
         f"the KL is at percentile {ranks['kl']:.0f}, the loss at {ranks['loss']:.0f}; at equal strength at "
         f"{again['kl']:.0f} and {again['loss']:.0f}.</p><div class=row>{''.join(figures)}</div>"
-    )
-
-
-def _negation(found: NegationCircuit) -> str:
-    sentences = {("plain", "positive"): "good", ("plain", "negative"): "bad"}
-    sentences |= {("negated", "positive"): "not good", ("negated", "negative"): "not bad"}
-    means = {sentences[cell]: value for cell, value in found.means.items()}
-    roles = (("negation", found.negation), ("sentiment", found.sentiment), ("feature", found.feature))
-    rows = [(role, index, found.labels[role], found.auroc[role]) for role, index in roles]
-    cosine = (
-        ""
-        if found.decoder_cosine is None
-        else f" Its decoder row and that of the opposite feature have cosine {found.decoder_cosine:+.2f}."
-    )
-    target = sentences[found.target]
-    by_kind = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-    without = ", ".join(f"{name} {value:.2f}" for name, value in found.removals.items())
-    return (
-        '<section aria-labelledby="h-negation"><h2 id="h-negation">'
-        f"The single pair nearest to sentiment negation: “{target}”</h2>"
-        + _table("Features of the template sentences", ("role", "feature", "most active at", "AUROC"), rows)
-        + f"<p>The weights give negation × sentiment the coefficient <b>{found.coefficient:+.3f}</b> in the output "
-        f"feature, number {found.rank} of all its pairs by strength. In the {100 * found.coverage:.0f} % of the "
-        f"template sentences where both are active, it contributes {found.contribution:+.2f} to the pre-activation on "
-        f'average; the removals below are over those.{cosine}</p><div class="row">'
-        + _plot(
-            plots.bars(means, "Output feature by kind of sentence", "mean pre-activation", [target]),
-            f"Mean pre-activation by kind of sentence: {by_kind}",
-        )
-        + _plot(
-            plots.bars(found.removals, "With an input feature removed", "mean pre-activation", ["as it is"]),
-            f"Mean pre-activation: {without}",
-        )
-        + '</div><p class="muted">Each removal was predicted from the weights and then measured by running the model; '
-        f"the two differ by at most {found.prediction_error:.0e} of the pre-activation.</p></section>"
     )
 
 
