@@ -3,6 +3,7 @@ from . import checkpoints as checkpoints
 from . import files as files
 from . import layers as layers
 from . import llama as llama
+from . import logits as logits
 from . import published as published
 from . import rotary as rotary
 from . import transformer as transformer

@@ -6,7 +6,7 @@ a tensor replaces that quantity for everything downstream.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +52,47 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the root mean square, `hook_normalized` the ratio."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype))
-        x = self.hook_normalized(x / scale)
+        x = self.hook_normalized(x / self.hook_scale(self.rms(x)))
         x = x if self.weight is None else x * self.weight
         return x if self.bias is None else x + self.bias
+
+    def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+        """Return what `x` is divided by, `sqrt(mean(x²) + eps)`; no hook sees it."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype)
+
+    def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+        """Return gain and shift, ones and zeros where the norm has none, of the dtype and device of `like`."""
+        gain = like.new_ones(like.shape[-1]) if self.weight is None else self.weight.to(like)
+        return gain, torch.zeros_like(gain) if self.bias is None else self.bias.to(like)
+
+    def linear(self, x: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, " d_model"]]:
+        """Return factor and shift: `norm(x) = factor * x + shift` exactly, `factor = gain / rms(x)`."""
+        gain, shift = self.affine(x)
+        return gain / self.rms(x), shift
+
+
+class NoNorm(nn.Module):
+    """What stands where a model has no norm: it answers as a norm does."""
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Return `x` itself."""
+        return x
+
+    def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+        """Return ones: `x` is divided by nothing."""
+        return torch.ones_like(x[..., :1])
+
+    def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+        """Return a gain of one and a shift of zero."""
+        return like.new_ones(like.shape[-1]), like.new_zeros(like.shape[-1])
+
+    def linear(self, x: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, " d_model"]]:
+        """Return a factor of one and a shift of zero."""
+        return torch.ones_like(x), self.affine(x)[1]
+
+
+Norm: TypeAlias = RMSNorm | NoNorm
 
 
 class Attention(nn.Module):
@@ -325,7 +361,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block; every `hook_*_out` is exactly what is added to the residual stream."""
 
-    def __init__(self, ln1: nn.Module, attn: Attention, ln2: nn.Module, mlp: MLP):
+    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
         self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint(), HookPoint()

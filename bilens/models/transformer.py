@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from .layers import MLP, Attention, Block, KeyValue, RMSNorm
+from .layers import MLP, Attention, Block, KeyValue, NoNorm, Norm, RMSNorm
 from .rotary import Rope
 
 Text = str | Sequence[str]
@@ -641,9 +641,9 @@ def _loss(logits: Tensor, tokens: Tensor, mask: Tensor | None, per_token: bool) 
     return (losses * weight).sum() / weight.sum()
 
 
-def _norm(cfg: BilinearConfig) -> nn.Module:
+def _norm(cfg: BilinearConfig) -> Norm:
     if cfg.norm == "none":
-        return nn.Identity()
+        return NoNorm()
     return RMSNorm(cfg.d_model, cfg.eps, gain="gain" in cfg.norm, shift="shift" in cfg.norm)
 
 

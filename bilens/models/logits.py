@@ -1,0 +1,43 @@
+"""The residual directions that raise logits."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .transformer import BilinearTransformer
+
+
+def token_ids(model: BilinearTransformer, tokens: Sequence[str | int]) -> list[int]:
+    """Return the ids of tokens that are named by text or id.
+
+    Raises:
+        ValueError: A text that is not one token, or an id outside the vocabulary.
+    """
+    ids = [model.to_single_token(token) if isinstance(token, str) else token for token in tokens]
+    for index in ids:
+        if not 0 <= index < model.cfg.d_vocab:
+            raise ValueError(f"token must be an id from 0 to {model.cfg.d_vocab - 1}, or a text, got {index}")
+    return ids
+
+
+def logit_direction(model: BilinearTransformer, token: str | int) -> Float[Tensor, " d_model"]:
+    """Return the residual direction that raises one token's logit: see `logit_directions`."""
+    return logit_directions(model, token_ids(model, [token]))[0]
+
+
+def logit_directions(
+    model: BilinearTransformer, tokens: Sequence[int] | Int[Tensor, " token"] | None = None
+) -> Float[Tensor, "token d_model"]:
+    """Return the residual directions that raise tokens' logits: unembedding times the final norm's gain.
+
+    `logit_t = direction_t · resid_post / rms + const`, with `rms` the root mean square of the last residual stream.
+
+    Args:
+        model: The model.
+        tokens: Ids; the vocabulary if `None`.
+    """
+    rows = model.W_U.detach().T
+    rows = rows if tokens is None else rows[torch.as_tensor(tokens, device=rows.device)]
+    return rows * model.ln_final.affine(rows)[0].detach()
