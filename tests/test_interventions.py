@@ -10,7 +10,7 @@ import bilens.models.checkpoints as checkpoints
 from bilens import circuits
 from bilens.circuits import FeatureLayer, interventions, layer
 from bilens.circuits.interventions import Circuit
-from bilens.saes import activations, to_rows
+from bilens.saes.rows import activations, to_rows
 
 TEXTS = [
     "the cat sat on the mat.",

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.models.layers import RMSNorm
-from bilens.saes.stored import Rows, activations, to_rows, trim
+from bilens.saes.rows import Rows, activations, to_rows, trim
 
 from .interventions import Effects, Windows, percentiles, product, without_pairs
 from .layer import ADJECTIVES, FeatureLayer
@@ -226,7 +226,7 @@ def negation_couplings(
     found = []
     for layer, lens in lenses.items():
         if lens.inp_cards is None:
-            raise ValueError(f"lenses must have feature cards (bilens.saes.cards.collect), layer {layer} has none")
+            raise ValueError(f"lenses must have feature cards (bilens.saes.collect), layer {layer} has none")
         negators = lens.inp_cards.near(words, share)
         feeling, weights = lens.inp_cards.telling(positive, tells)
         keep = ~torch.isin(feeling, negators)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bilens import saes as _saes
 from bilens.models.transformer import BilinearTransformer
-from bilens.saes.stored import Rows, activations, text_of_rows, to_rows, trim
+from bilens.saes.rows import Rows, activations, text_of_rows, to_rows, trim
 from bilens.tensor.bilinear import homogeneous
 
 from .layer import FeatureLayer, NegationCircuit, top_eigen

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from bilens import saes as _saes
 from bilens.models.transformer import BilinearTransformer
-from bilens.saes.cards import FILE, FeatureCards, auroc, check_sae
-from bilens.saes.stored import SAE, activations, offsets, readers, to_rows, writers
+from bilens.saes.cards import FILE, FeatureCards
+from bilens.saes.collecting import auroc
+from bilens.saes.directions import check_sae, offsets, readers, writers
+from bilens.saes.rows import activations, to_rows
+from bilens.saes.stored import SAE
 from bilens.tensor.bilinear import BilinearTensor, homogeneous
 from bilens.tensor.decompositions import Eigen, eigen
 from bilens.tensor.interactions import Interactions, top_interactions
