@@ -15,7 +15,7 @@ from bilens.circuits.discovery import Discovery
 from bilens.circuits.groups import Group
 from bilens.models.files import fingerprint
 from bilens.models.windows import Windows
-from bilens.saes import cards
+from bilens.saes import collect
 
 HOOKS = {"inp": "blocks.1.hook_mlp_in", "out": "blocks.1.hook_mlp_out"}
 TEXTS = ["the cat sat on the mat", "a dog", "once upon a time the big dog ran and the cat saw", "a little cat ran"] * 10
@@ -44,7 +44,7 @@ def test_saes_that_do_not_fit_are_refused_however_the_layer_is_made(make_model):
         FeatureLayer(model, 2, **good)
     with pytest.raises(ValueError, match="must read 16 dimensions"):
         FeatureLayer(model, 1, good["inp"], random_sae(HOOKS["out"], d_in=8))
-    with pytest.raises(ValueError, match=r"blocks\.1\.hook_mlp_out must be one that was fitted there"):
+    with pytest.raises(ValueError, match=r"out, the SAE at blocks\.1\.hook_mlp_out, must be one that was fitted"):
         FeatureLayer(model, 1, good["inp"], good["inp"])
     good["out"].cfg.metadata.settings = {"model": "another"}
     with pytest.raises(ValueError, match="other weights"):
@@ -165,7 +165,7 @@ def test_a_feature_has_one_name_that_of_its_card(make_model):
     model, dictionaries = make_model(mlp_bias=(True, True)), saes()
     rows = [{"text": text, "label": "cat" if "cat" in text else "dog"} for text in TEXTS]
     hooks = {HOOKS[side]: sae for side, sae in dictionaries.items()}
-    made = cards.collect(model, hooks, rows, label="label", progress=False)
+    made = collect(model, hooks, rows, label="label", progress=False)
     lens = FeatureLayer(model, 1, **dictionaries, inp_cards=made[HOOKS["inp"]], out_cards=made[HOOKS["out"]])
     names = [lens.name("inp", feature) for feature in range(40)]
     assert names == [made[HOOKS["inp"]][feature].name for feature in range(40)]

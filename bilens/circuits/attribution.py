@@ -16,7 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bilens.models.layers import RMSNorm
 from bilens.models.transformer import BilinearTransformer, Text
-from bilens.saes.stored import SAE, Rows, activations, offsets, readers, to_rows, writers
+from bilens.saes.directions import offsets, readers, writers
+from bilens.saes.rows import Rows, activations, to_rows
+from bilens.saes.stored import SAE
 
 _ROWS, _POSITIONS = 32, 256  # texts that run at a time, and positions whose parts are held at a time
 

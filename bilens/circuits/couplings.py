@@ -238,7 +238,7 @@ def negation_couplings(
     found = []
     for layer, lens in lenses.items():
         if lens.inp_cards is None:
-            raise ValueError(f"lenses must have feature cards (bilens.saes.cards.collect), layer {layer} has none")
+            raise ValueError(f"lenses must have feature cards (bilens.saes.collect), layer {layer} has none")
         negators = lens.inp_cards.near(words, share)
         feeling, weights = lens.inp_cards.telling(positive, tells)
         keep = ~torch.isin(feeling, negators)
