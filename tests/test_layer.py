@@ -105,14 +105,20 @@ def test_it_survives_pickling(lens):
 # -- what it keeps ----------------------------------------------------------------------------------------------------
 
 
-def test_a_matrix_that_is_reported_and_tested_is_decomposed_once(lens, monkeypatch):
-    decomposed = []
+@pytest.fixture
+def decomposed(monkeypatch):
+    """The readers whose matrices are decomposed."""
+    seen = []
 
     def counting(B, u, k=None):
-        decomposed.append(k)
+        seen.append(u)
         return bilens.eigen(B, u, k)
 
     monkeypatch.setattr(layer, "eigen", counting)
+    return seen
+
+
+def test_a_matrix_that_is_reported_and_tested_is_decomposed_once(lens, decomposed):
     circuits.test(lens, _often(lens), TEXTS, Protocol(n_bootstrap=2, n_pairs=1, n_directions=1), generator=generator())
     circuits.predict_all(lens, [7], TEXTS)
     found, expected = lens.eigen(7, 3), bilens.eigen(lens.tensor, lens.readers[7], 3)
@@ -121,10 +127,12 @@ def test_a_matrix_that_is_reported_and_tested_is_decomposed_once(lens, monkeypat
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
-def test_only_the_latest_matrices_are_kept(lens):
-    for feature in range(40):
+def test_only_the_latest_matrices_are_kept(lens, decomposed):
+    for feature in [*range(40), 39, 8]:
         lens.eigen(feature, 1)
-    assert list(lens._decomposed) == list(range(8, 40))
+    assert len(decomposed) == 40
+    lens.eigen(7, 1)
+    assert len(decomposed) == 41
 
 
 def test_projected_is_the_layer_from_features_to_features(lens):
@@ -165,7 +173,7 @@ def test_a_feature_has_one_name_that_of_its_card(make_model):
     model, dictionaries = make_model(mlp_bias=(True, True)), saes()
     rows = [{"text": text, "label": "cat" if "cat" in text else "dog"} for text in TEXTS]
     hooks = {HOOKS[side]: sae for side, sae in dictionaries.items()}
-    made = collect(model, hooks, rows, label="label", progress=False)
+    made = collect(model, hooks, rows, label="label")
     lens = FeatureLayer(model, 1, **dictionaries, inp_cards=made[HOOKS["inp"]], out_cards=made[HOOKS["out"]])
     names = [lens.name("inp", feature) for feature in range(40)]
     assert names == [made[HOOKS["inp"]][feature].name for feature in range(40)]

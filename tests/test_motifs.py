@@ -289,7 +289,7 @@ def test_null_models_keep_what_they_promise():
 def test_no_output_is_drawn_twice_from_one_rotation():
     B, readers, D = random_layer(n_out=10, dtype=torch.float64)
     task = scoring.Scoring(B, readers, D, ("and",), 16, 4)
-    drawn = list(nulls.draws(task, "rotation", 25, seeded(), D))
+    drawn = list(nulls.draws(task, "rotation", 25, seeded(), None))
     assert [len(M) for M, _ in drawn] == [10, 10, 5]
     assert (drawn[0][1] - drawn[1][1]).abs().max() > 0.1
 
