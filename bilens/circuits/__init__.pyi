@@ -1,9 +1,15 @@
 from . import attribution as attribution
+from . import bigrams as bigrams
 from . import couplings as couplings
 from . import interventions as interventions
 from . import layer as layer
 from . import motifs as motifs
 from . import paths as paths
+from . import places as places
+from . import sources as sources
+from . import targets as targets
+from . import traces as traces
+from . import virtual as virtual
 from .couplings import couple as couple
 from .couplings import negation_couplings as negation_couplings
 from .couplings import test_coupling as test_coupling
@@ -21,3 +27,4 @@ from .layer import predict_all as predict_all
 from .layer import remove as remove
 from .layer import top_eigen as top_eigen
 from .motifs import search as search
+from .targets import Target as Target

@@ -1,3 +1,4 @@
+from . import graph as graph
 from . import imageplots as imageplots
 from . import plots as plots
 from .page import Finding as Finding

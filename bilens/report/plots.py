@@ -9,7 +9,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from bilens.circuits.paths import Bigram
+from bilens.circuits.bigrams import Bigram
 from bilens.tensor.defaults import Modified
 from bilens.tensor.factorizations import CP, HOSVD
 from bilens.tensor.polynomials import Degree
