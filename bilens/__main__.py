@@ -18,9 +18,9 @@ from rich.table import Table
 if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner
     from .circuits.attribution import Attribution
     from .circuits.couplings import CouplingTest, NegationCouplings
-    from .circuits.interventions import CircuitTest
+    from .circuits.discovery import Discoveries
     from .circuits.layer import FeatureLayer
-    from .circuits.motifs import Discoveries
+    from .circuits.trial import CircuitTest
     from .models.transformer import BilinearTransformer
     from .report.page import Finding
     from .saes.cards import Card, FeatureCards
@@ -194,13 +194,12 @@ def run_tests(
     from bilens import circuits
 
     first = {one.out: one for one in reversed(found.found)}  # the most significant of each output
-    tested = []
+    protocol, tested = circuits.Protocol(n_pairs=args.controls, n_directions=5, max_windows=16), []
     for number, feature in enumerate([f for f in chosen if f in first][: args.tests], 1):
         circuit = circuits.Circuit.of(lens, first[feature])
-        options = {"n_pairs": args.controls, "n_directions": 5, "max_windows": 16, "generator": generator}
         with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {feature}, on text ..."):
             try:
-                tested.append(circuits.test(lens, circuit, dataset, **options))
+                tested.append(circuits.test(lens, circuit, dataset, protocol, generator=generator))
             except ValueError as error:
                 console.print(f"not tested: {error}", markup=False)
     return tested
@@ -220,7 +219,7 @@ def print_ranking(console: Console, lens: "FeatureLayer", strongest: "Interactio
         table.add_column(name, max_width=34, overflow="ellipsis", no_wrap=True)
     table.add_column("coefficient", justify="right")
     for o, i, j, value in list(zip(*(part.tolist() for part in strongest), strict=True))[:n]:
-        names = (lens.label("inp", i), lens.label("inp", j), lens.label("out", o))
+        names = (lens.name("inp", i), lens.name("inp", j), lens.name("out", o))
         table.add_row(*map(escape, names), f"{value:+.3f}")
     console.print(table)
 
@@ -277,7 +276,7 @@ def run_attribute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         model = bilens.load(args.model)
         lens = circuits.FeatureLayer.load(model, args.layer, args.saes or args.model)
     target = {"feature": args.feature, "token": args.token, "out": None if args.feature is None else lens.out}
-    options = {"position": args.position, "label": partial(lens.label, "inp")}
+    options = {"position": args.position, "label": partial(lens.name, "inp")}
     found = bilens.attribute(model, args.text, args.layer, inp=lens.inp, **target, **options)
     terms = found.top(args.k)
     print_attribution(console, lens, found, args.k)
@@ -309,7 +308,7 @@ def print_attribution(console: Console, lens: "FeatureLayer", found: "Attributio
     word = found.places.words[0][place]
     target = found.target.name
     if found.target.kind == "feature":
-        target += f" ({lens.label('out', found.target.index)})"
+        target += f" ({lens.name('out', found.target.index)})"
     table = _table(f"{target} at {place} {word!r}, layer {found.layer}: pairs that add or take away most")
     for name in ("input feature", "× input feature"):
         table.add_column(name, max_width=44, overflow="ellipsis", no_wrap=True)

@@ -6,7 +6,8 @@ from sae_lens import TopKSAE, TopKSAEConfig
 
 import bilens
 from bilens import circuits
-from bilens.circuits import FeatureLayer, layer
+from bilens.circuits import FeatureLayer
+from bilens.models.windows import Windows, observe
 
 
 def random_sae(hook, d_in=16, d_sae=40, k=12, seed=0):
@@ -54,7 +55,7 @@ def test_outliers_rank_by_the_two_strongest_eigenvalues(lens, by):
     found = circuits.outliers(lens, by)
     assert (getattr(found, by).diff() <= 0).all()
     assert sorted(found.feature.tolist()) == list(range(40))
-    values = torch.linalg.eigvalsh(lens.tensor.matrix(lens.readers[found.feature[0]]))
+    values = torch.linalg.eigvalsh(lens.tensor.without_constant().matrix(lens.readers[found.feature[0]]))
     values = values[values.abs().argsort(descending=True)]
     torch.testing.assert_close(found.values[0], values[:2])
     torch.testing.assert_close(found.bulk[0], 2 * values[2:].pow(2).mean().sqrt())
@@ -62,7 +63,7 @@ def test_outliers_rank_by_the_two_strongest_eigenvalues(lens, by):
 
 def test_all_eigenvectors_predict_the_preactivation_exactly(lens, tokens):
     found = circuits.predict(lens, 3, tokens, k=lens.tensor.inp)
-    _, y = layer._inputs_and_outputs(lens, tokens)
+    y = lens.at_positions(Windows.of(lens.model, tokens), lambda x, y: y)
     torch.testing.assert_close(found.predicted, y @ lens.readers[3])
     assert found.n_active == (lens.out.encode(y)[:, 3] != 0).sum()
     active = found.actual != 0
@@ -71,9 +72,7 @@ def test_all_eigenvectors_predict_the_preactivation_exactly(lens, tokens):
 
 
 def test_a_removal_is_predicted_exactly_and_measured_by_running_the_model(lens, tokens):
-    z = lens.inp.encode(
-        circuits.activations(lens.model, circuits.to_rows(lens.model, tokens), [lens.hook_in])[lens.hook_in]
-    )
+    z = lens.codes(observe(lens.model, Windows.of(lens.model, tokens), [lens.hook_in])[lens.hook_in])
     inp = int(z[:, -1].mean(0).argmax())
     found = circuits.remove(lens, inp, 5, tokens)
     torch.testing.assert_close(found.predicted, found.measured)
@@ -94,8 +93,8 @@ def test_errors_name_the_argument(lens):
 
 
 def test_what_lives_in_other_modules_is_found_here():
-    assert circuits.search is bilens.circuits.motifs.search
-    assert circuits.test is bilens.circuits.interventions.test
-    assert circuits.remove_pair is bilens.circuits.interventions.remove_pair
+    assert circuits.search is bilens.circuits.discovery.search
+    assert circuits.test is bilens.circuits.trial.test
+    assert circuits.remove_pair is bilens.circuits.removal.remove_pair
     with pytest.raises(AttributeError, match=r"No bilens\.circuits attribute serch"):
         circuits.serch  # noqa: B018

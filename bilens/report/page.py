@@ -17,9 +17,11 @@ from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from bilens.circuits.couplings import CouplingTest, NegationCouplings
-from bilens.circuits.interventions import CircuitTest
-from bilens.circuits.layer import FeatureLayer, Outliers, Prediction, pairs, predict_all, top_eigen
-from bilens.circuits.motifs import Discoveries, Discovery, Group
+from bilens.circuits.discovery import Discoveries, Discovery
+from bilens.circuits.groups import Group
+from bilens.circuits.layer import FeatureLayer
+from bilens.circuits.spectral import Outliers, Prediction, pairs, predict_all
+from bilens.circuits.trial import CircuitTest
 from bilens.saes.cards import FeatureCards
 from bilens.tensor.interactions import Interactions
 
@@ -70,9 +72,9 @@ def describe(
     found = discoveries.found if discoveries is not None else ()
     findings = []
     for feature, prediction in zip(features, predict_all(lens, features, dataset), strict=True):
-        top = top_eigen(lens, feature)
+        top = lens.eigen(feature)
         motifs = tuple(one for one in found if one.out == feature)
-        some, label = pairs(lens, feature, n_pairs), lens.label("out", feature)
+        some, label = pairs(lens, feature, n_pairs), lens.name("out", feature)
         one = Finding(feature, label, motifs, top.values, top.vectors[:2], some, prediction, tests.get(feature))
         findings.append(one)
     return findings
@@ -182,7 +184,7 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str | fl
 
 def _link(lens: FeatureLayer, side: str, feature: int) -> _Html:
     """Return a feature's name, as a link to its card."""
-    name = f"{feature} {lens.label(side, feature)}" if feature < _n_features(lens, side) else "(constant)"
+    name = f"{feature} {lens.name(side, feature)}" if feature < _n_features(lens, side) else "(constant)"
     return _Html(f'<a href="#{side}-{feature}">{escape(name)}</a>' if feature < _n_features(lens, side) else name)
 
 
@@ -221,7 +223,7 @@ def _summary(lens: FeatureLayer, findings: Sequence[Finding], discoveries: Disco
 
 def _finding(lens: FeatureLayer, one: Finding, number: int, null: Tensor | None) -> str:
     involved = _involved(lens, one)
-    labels = [lens.label("inp", i) for i in involved]
+    labels = [lens.name("inp", i) for i in involved]
     matrix = lens.coefficients(one.feature)[involved][:, involved]
     directions = torch.nn.functional.normalize(lens.writers[involved], dim=1)
     cosines = directions @ one.vectors[:, : directions.shape[1]].T
@@ -276,9 +278,7 @@ def _motifs(lens: FeatureLayer, one: Finding) -> str:
 
 
 def _group_name(lens: FeatureLayer, features: Tensor, weights: Tensor) -> str:
-    if lens.inp_cards is not None:
-        return lens.inp_cards.name(features.tolist(), weights.tolist())
-    return lens.label("inp", features.tolist(), weights.tolist())
+    return lens.name("inp", features.tolist(), weights.tolist())
 
 
 def _link_number(feature: int) -> str:
@@ -318,7 +318,7 @@ def _graph(lens: FeatureLayer, one: Finding, n: int = 8) -> str:
         return (index + 0.5) * height / max(count, 1)
 
     for index, feature in enumerate(inputs):
-        name = f"{feature} {lens.label('inp', feature)}"
+        name = f"{feature} {lens.name('inp', feature)}"
         nodes.append(_node(columns[0], y(index, len(inputs)), f"#inp-{feature}", name, f"Input feature {name}"))
     for index, (_, i, j, value) in enumerate(rows):
         at = y(index, len(rows))
@@ -486,7 +486,7 @@ def _layer(lens: FeatureLayer, ranking: Outliers | None, strongest: Interactions
     parts = []
     if strongest is not None:
         rows = [
-            (f"{i} {lens.label('inp', i)}", f"{j} {lens.label('inp', j)}", f"{o} {lens.label('out', o)}", value)
+            (f"{i} {lens.name('inp', i)}", f"{j} {lens.name('inp', j)}", f"{o} {lens.name('out', o)}", value)
             for o, i, j, value in _rows_of(strongest, n)
         ]
         header = ("input feature", "× input feature", "→ output feature", "coefficient")
@@ -494,7 +494,7 @@ def _layer(lens: FeatureLayer, ranking: Outliers | None, strongest: Interactions
     if ranking is not None:
         columns = (ranking.feature.tolist(), *ranking.values.T.tolist(), ranking.strength.tolist())
         rows = [
-            (f"{feature} {lens.label('out', feature)}", *numbers)
+            (f"{feature} {lens.name('out', feature)}", *numbers)
             for feature, *numbers in list(zip(*columns, ranking.ratio.tolist(), strict=True))[:n]
         ]
         header = ("output feature", "λ₁", "λ₂", "|λ₁| + |λ₂|", "outlier ratio")

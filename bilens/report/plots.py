@@ -289,7 +289,7 @@ def low_rank(
 
     Args:
         k: Numbers of eigenvectors.
-        active: Correlation over active positions, and the ends of its interval, as `interventions.LowRank` holds them.
+        active: Correlation over active positions, and the ends of its interval, as `lowrank.LowRank` holds them.
         overall: The same over all positions.
     """
     traces = []
