@@ -6,6 +6,7 @@ from . import couplings as couplings
 from . import discovery as discovery
 from . import edits as edits
 from . import effects as effects
+from . import findings as findings
 from . import groups as groups
 from . import layer as layer
 from . import lowrank as lowrank
@@ -28,6 +29,8 @@ from .couplings import couple as couple
 from .couplings import negation_couplings as negation_couplings
 from .couplings import test_coupling as test_coupling
 from .discovery import search as search
+from .findings import Finding as Finding
+from .findings import describe as describe
 from .layer import FeatureLayer as FeatureLayer
 from .removal import Removal as Removal
 from .removal import remove as remove
