@@ -328,7 +328,6 @@ def run_features(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.status("loading model and SAEs ..."):
         import bilens
         from bilens import saes
-        from bilens.saes import cards
 
         model = bilens.load(args.model)
         hook = f"blocks.{args.layer}.hook_mlp_{'in' if args.side == 'inp' else 'out'}"
@@ -336,9 +335,9 @@ def run_features(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.text is not None:
         rows = read_rows(args.text)
         sae = saes.load(folder, hook)
-        made = cards.collect(model, {hook: sae}, rows, folder=args.folder, label=args.label)[hook]
+        made = saes.collect(model, {hook: sae}, rows, folder=args.folder, label=args.label)[hook]
     else:
-        made = cards.FeatureCards.load(folder, hook, model)
+        made = saes.FeatureCards.load(folder, hook, model)
     chosen = args.feature if args.feature is not None else made.contexts.density.argsort(descending=True).tolist()
     found = [made[feature] for feature in chosen]
     found = [card for card in found if args.find is None or args.find in card.name]

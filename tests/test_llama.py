@@ -13,6 +13,7 @@ import bilens
 from bilens.models.llama import read_rope, write_rope
 from bilens.models.rotary import Rope
 from bilens.models.transformer import KEY_VALUE_HOOKS, BilinearConfig, BilinearTransformer
+from bilens.models.windows import Windows
 
 transformers = pytest.importorskip("transformers")
 
@@ -481,11 +482,10 @@ def test_texts_start_as_the_tokenizer_itself_starts_them(folder, tmp_path, kind)
     bilens.save(model, tmp_path / "again")
     assert bilens.load(tmp_path / "again").has_bos == model.has_bos
     for texts in (["the cat sat"], ["the", "a cat sat the cat"]):
-        rows = bilens.saes.to_rows(model, texts, length=4)
+        rows = Windows.of(model, texts, length=4)
         words = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids]
         assert rows.tokens[rows.counts].tolist() == words
         assert bool((rows.tokens[:, 0] == model.bos_id).all()) == model.has_bos
-        assert len(bilens.saes.text_of_rows(model, texts, length=4)) == len(rows.tokens)
         assert len(bilens.circuits.places.locate(model, texts).row) == len(words)
     if kind == "qwen":
         with pytest.raises(ValueError, match="input is empty text and the model has no BOS"):

@@ -27,7 +27,7 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 ROOMS = [module for module in MODULES if "." in module and not module.endswith("__init__")]
 HOMES = {  # third parties that stay in one place
     "transformer_lens": {"models.layers", "models.transformer", "images.classifiers"},
-    "sae_lens": {"saes.stored"},
+    "sae_lens": {"saes.stored", "saes.fitting"},
     "huggingface_hub": {"models.checkpoints", "saes.stored"},
     "plotly": {"report.plots", "report.imageplots", "report.page"},
 }

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilens.models.layers import NoNorm
 from bilens.models.transformer import BilinearTransformer, Text
-from bilens.saes.stored import SAE, writers
+from bilens.saes.directions import writers
+from bilens.saes.stored import SAE
 
 from .places import locate
 from .targets import Reading, Target, fitting_hook
@@ -101,11 +102,11 @@ def attribute(
         label: Name of an input feature, e.g. `lambda i: contexts.label(i, model)`.
 
     Raises:
-        ValueError: An SAE of another hook point or width, a feature that does not exist, no text, no such position.
+        ValueError: An SAE that does not fit, a feature that does not exist, no text, no such position.
         TypeError: The layer is not bilinear.
     """
     read = Reading.of(model, layer, _target(model, feature, out, direction, token))
-    hook = fitting_hook(inp, "inp", input_hooks(layer), model.cfg.d_model)
+    hook = fitting_hook(model, inp, "inp", input_hooks(layer))
     places = locate(model, text, position)
     found = places.observe(model, [hook, *read.hooks])
     x, scale = found[hook], read.scale(found)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.models.layers import RMSNorm
+from bilens.models.logits import logit_directions
 from bilens.models.windows import Texts, Windows
 from bilens.tensor.statistics import pearson
 
@@ -238,7 +238,7 @@ def negation_couplings(
     found = []
     for layer, lens in lenses.items():
         if lens.inp_cards is None:
-            raise ValueError(f"lenses must have feature cards (bilens.saes.cards.collect), layer {layer} has none")
+            raise ValueError(f"lenses must have feature cards (bilens.saes.collect), layer {layer} has none")
         negators = lens.inp_cards.near(words, share)
         feeling, weights = lens.inp_cards.telling(positive, tells)
         keep = ~torch.isin(feeling, negators)
@@ -250,23 +250,20 @@ def negation_couplings(
 
 
 def sentiment_direction(lens: FeatureLayer) -> Float[Tensor, " d_model"]:
-    """Return the residual direction from bad to good: mean unembedding of `ADJECTIVES`, positive less negative.
+    """Return the residual direction from bad to good: mean `logit_directions` of `ADJECTIVES`, positive less negative.
 
-    Words that are not one token of the model are left out; the final norm's gain is included.
+    Words that are not one token of the model are left out.
 
     Raises:
         ValueError: No word of either list is a single token.
     """
-    model = lens.model
     means = {}
     for name, words in ADJECTIVES.items():
-        ids = [i for word in words if (i := model.tokenizer.token_to_id(word)) is not None]
+        ids = [i for word in words if (i := lens.model.tokenizer.token_to_id(word)) is not None]
         if not ids:
             raise ValueError(f"the model's tokenizer must have a token for a word of {words}, it has none")
-        means[name] = model.W_U[:, ids].detach().to(lens.writers).mean(1)
-    gain = getattr(model.ln_final, "weight", None)
-    direction = means["positive"] - means["negative"]
-    return direction if gain is None else direction * gain.detach().to(direction)
+        means[name] = logit_directions(lens.model, ids).to(lens.writers).mean(0)
+    return means["positive"] - means["negative"]
 
 
 # -- against the running model ----------------------------------------------------------------------------------------
@@ -385,9 +382,8 @@ def test_coupling(
 
 def _read(base: Baseline) -> tuple[Float[Tensor, " position"], Float[Tensor, " position"]]:
     """Return `direction · final residual / rms` and `1 / rms`, by running the model from the layer on."""
-    norm, resid = base.lens.model.ln_final, base.rerun()[0][base.where].to(base.reader)
-    normed = isinstance(norm, RMSNorm)
-    scale = (resid.pow(2).mean(1) + norm.eps).rsqrt() if normed else resid.new_ones(len(resid))
+    resid = base.rerun()[0][base.where].to(base.reader)
+    scale = 1 / base.lens.model.ln_final.rms(resid)[:, 0]
     return (resid @ base.reader) * scale, scale
 
 

@@ -6,7 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
@@ -175,7 +174,9 @@ def search(
 
 def q_values(p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return q-values of all p-values together, `q_(i) = min_{j ≥ i} N p_(j) / j` (Benjamini and Hochberg 1995)."""
-    return torch.from_numpy(false_discovery_control(p.cpu().numpy(), axis=None)).to(p)
+    from scipy.stats import false_discovery_control  # takes a second to import
+
+    return torch.from_numpy(false_discovery_control(p.cpu().numpy(), axis=None)).to(p).reshape(p.shape)
 
 
 def _check_names(argument: str, names: Sequence[str], valid: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bilens.models.transformer import BilinearTransformer
-from bilens.saes.stored import writers
+from bilens.saes.directions import writers
 from bilens.tensor.bilinear import homogeneous
 
 from .layer import FeatureLayer

@@ -14,8 +14,9 @@ from torch import Tensor
 from bilens import saes as _saes
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observed
-from bilens.saes.cards import FILE, FeatureCards, check_sae
-from bilens.saes.stored import SAE, readers, sae_folder, writers
+from bilens.saes.cards import FILE, FeatureCards
+from bilens.saes.directions import check_sae, readers, writers
+from bilens.saes.stored import SAE, sae_folder
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import Eigen, eigen
 
@@ -57,7 +58,7 @@ class FeatureLayer:
     def __post_init__(self):
         _check_layer(self.model, self.layer)
         for side, hook in (("inp", self.hook_in), ("out", self.hook_out)):
-            check_sae(self.model, getattr(self, side), hook)
+            check_sae(self.model, getattr(self, side), hook, f"{side}, the SAE at {hook},")
             object.__setattr__(self, side, _beside(self.model.W_E, getattr(self, side)))
 
     @classmethod

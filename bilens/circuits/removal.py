@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observe
-from bilens.saes.stored import offsets
+from bilens.saes.directions import offsets
 from bilens.tensor.bilinear import homogeneous
 
 from .circuit import Circuit

@@ -24,6 +24,7 @@ class Sources:
     square of resid_mid, so that `entering.sum(1) + shift` is `hook_mlp_in`.
     """
 
+    model: BilinearTransformer
     layer: int
     places: Places
     names: tuple[str, ...]  # embedding (attention biases), heads 0.0, 0.1, ..., MLP 0, heads 1.0, ...
@@ -92,7 +93,7 @@ def split_residual(
             values.append(found[mlps[i]][:, None])
             names.append(f"MLP {i}")
     factor, shift = model.blocks[layer].ln2.linear(found[mid])
-    return Sources(layer, places, tuple(names), torch.cat(values, 1), factor, shift), found
+    return Sources(model, layer, places, tuple(names), torch.cat(values, 1), factor, shift), found
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -12,7 +12,8 @@ from torch import Tensor
 from bilens.models.layers import Norm
 from bilens.models.logits import logit_directions, token_ids
 from bilens.models.transformer import BilinearTransformer
-from bilens.saes.stored import SAE, offsets, readers
+from bilens.saes.directions import check_sae, offsets, readers
+from bilens.saes.stored import SAE
 
 from .places import check_layer
 
@@ -87,7 +88,7 @@ class Reading:
         check_layer(model, layer)
         d_model, hook = model.cfg.d_model, f"blocks.{layer}.hook_mlp_out"
         if target.out is not None:
-            fitting_hook(target.out, "out", [hook], d_model)
+            fitting_hook(model, target.out, "out", [hook])
         if target.reader.shape != (d_model,):
             raise ValueError(f"{target.kind} must have shape [{d_model}] (d_model), got {list(target.reader.shape)}")
         tensor = model.blocks[layer].mlp.tensor().detach().to(torch.float64)
@@ -114,17 +115,14 @@ class Reading:
         return (y @ self.target.reader.to(y) + self.target.offset.to(y)) * self.scale(found)
 
 
-def fitting_hook(sae: SAE, name: str, hooks: Sequence[str], d_model: int) -> str:
-    """Return the hook point of an SAE, which must be one of `hooks`.
+def fitting_hook(model: BilinearTransformer, sae: SAE, name: str, hooks: Sequence[str]) -> str:
+    """Return the hook point of an SAE, which must be one of `hooks` and fit the model (`check_sae`).
 
     Raises:
-        ValueError: It is at another hook point, of another width, or normalises what it reads.
+        ValueError: It is at another hook point, or does not fit.
     """
     hook = sae.cfg.metadata.hook_name
     if hook not in hooks:
         raise ValueError(f"{name} must be an SAE at {' or '.join(hooks)} (cfg.metadata.hook_name), got {hook!r}")
-    if sae.cfg.d_in != d_model:
-        raise ValueError(f"{name} must read {d_model} dimensions (d_model), got an SAE with d_in={sae.cfg.d_in}")
-    if (scheme := sae.cfg.normalize_activations) != "none":
-        raise ValueError(f"{name} must not normalise what it reads, got normalize_activations={scheme!r}")
+    check_sae(model, sae, hook, name)
     return hook

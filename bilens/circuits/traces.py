@@ -8,7 +8,8 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.saes.stored import SAE, offsets, readers
+from bilens.saes.directions import offsets, readers
+from bilens.saes.stored import SAE
 
 from .attribution import Attribution, input_hooks
 from .places import Places
@@ -60,9 +61,9 @@ def trace(
             attribution. The -1 that fills those up has values of zero.
 
     Raises:
-        ValueError: An SAE of another hook point or width, a feature that does not exist.
+        ValueError: An SAE that does not fit, a feature that does not exist.
     """
-    hook = fitting_hook(inp, "inp", input_hooks(came.layer), came.shift.shape[0])
+    hook = fitting_hook(came.model, inp, "inp", input_hooks(came.layer))
     ids = torch.atleast_2d(torch.as_tensor(features, device=came.values.device)).expand(len(came.values), -1)
     if ids.numel() and not -1 <= ids.min() <= ids.max() < inp.cfg.d_sae:
         bad = ids[(ids < -1) | (ids >= inp.cfg.d_sae)][0].item()
