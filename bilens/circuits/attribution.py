@@ -56,6 +56,20 @@ class Attribution(Terms):
         """Error × bias."""
         return self.table[:, 0, 1]
 
+    @property
+    def sums(self) -> dict[str, Float[Tensor, " position"]]:
+        """The kinds of terms, which sum to `total`, and what the running model gives."""
+        return {
+            "feature × feature": self.pairs.sum((1, 2)),
+            "feature × bias": self.feature_bias.sum(1),
+            "feature × error": self.feature_error.sum(1),
+            "error × error": self.error,
+            "error × bias": self.error_bias,
+            "bias": self.bias,
+            "total": self.total,
+            "model": self.pre_activation,
+        }
+
     def part(self, n: int, index: int) -> tuple[int, str]:
         """Return id and label of a feature that is active at the n-th position."""
         feature = self.features[n, index].item()
