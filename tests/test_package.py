@@ -29,7 +29,14 @@ HOMES = {  # third parties that stay in one place
     "transformer_lens": {"models.layers", "models.transformer", "images.classifiers"},
     "sae_lens": {"saes.stored", "saes.fitting"},
     "huggingface_hub": {"models.checkpoints", "saes.stored"},
-    "plotly": {"report.plots", "report.imageplots", "report.page"},
+    "plotly": {
+        "report.figures",
+        "report.plots",
+        "report.tensorplots",
+        "report.imageplots",
+        "report.parts",
+        "report.page",
+    },
 }
 
 
