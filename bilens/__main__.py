@@ -5,26 +5,22 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner; `--help` needs none of them
+    import torch
+    from rich.console import Console
 
-if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner
-    from .circuits.attribution import Attribution
     from .circuits.couplings import CouplingTest, NegationCouplings
-    from .circuits.interventions import CircuitTest
+    from .circuits.discovery import Discoveries
     from .circuits.layer import FeatureLayer
-    from .circuits.motifs import Discoveries
+    from .circuits.trial import CircuitTest
     from .models.transformer import BilinearTransformer
-    from .report.page import Finding
     from .saes.cards import Card, FeatureCards
-    from .tensor.interactions import Interactions
 
 REPORT = Path("bilens-report.html")
 
@@ -35,14 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv.insert(0, "circuits")
     args = _parser().parse_args(argv)
+    from rich.console import Console
+
     console = Console(stderr=args.json, highlight=False)
     try:
         found = COMMANDS[args.command](args, console)
-    except (ValueError, OSError, IndexError, TypeError) as error:
+    except (ValueError, OSError) as error:  # what the library raises for bad input; anything else is a fault of ours
         print(f"bilens: {error}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(found, indent=1, allow_nan=False))
+        from .circuits.records import plain
+
+        print(json.dumps(plain(found), indent=1, allow_nan=False))
     return 0
 
 
@@ -93,31 +93,31 @@ def _parser() -> argparse.ArgumentParser:
 # -- bilens circuits --------------------------------------------------------------------------------------------------
 
 
-def run_circuits(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
     """Rank a layer, search it, test what was found, and write the report."""
     began = time.perf_counter()
-    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    check_counts(args)
     with console.status("loading model and SAEs ..."):
+        import torch
+
         import bilens
         from bilens import circuits, report
+        from bilens.report import terminal
 
-        model = bilens.load(args.model)
-        saes = args.saes or args.model
+        model = load_bilinear(args.model)
         layers = range(model.cfg.n_layers) if args.layer is None else [args.layer]
-        lenses = {i: circuits.FeatureLayer.load(model, i, saes) for i in layers}
+        lenses = {i: circuits.FeatureLayer.load(model, i, args.saes or args.model) for i in layers}
         texts = read_texts(args.text) if args.text else None
     generator = torch.Generator().manual_seed(args.seed)
-    n_features = lenses[layers[0]].out.cfg.d_sae
-    console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features at each end of an MLP")
     with console.status("asking in which layer negators flip sentiment ..."):
         couplings = find_couplings(lenses, generator)
     lens = lenses[args.layer if args.layer is not None else strongest_layer(couplings, len(layers) // 2)]
+    n_features = len(lens.readers)
+    console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features at each end of an MLP")
     with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
         strongest = bilens.top_interactions(lens.tensor, 100, out=lens.readers, inp=lens.writers)
         ranking = circuits.outliers(lens)
-    print_ranking(console, lens, strongest)
+    terminal.print_ranking(console, lens, strongest)
     with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
         found = circuits.search(lens, generator=generator, null=args.null, n=args.draws)
     with console.status("sampling text from the model ..."):
@@ -125,11 +125,11 @@ def run_circuits(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
     tested = run_tests(args, console, lens, found, chosen, dataset, generator)
     with console.status("testing predictions on text ..."):
-        findings = report.describe(lens, chosen, dataset, found, tested)
-    print_findings(console, found, findings)
+        findings = circuits.describe(lens, chosen, dataset, found, tested)
+    terminal.print_findings(console, found, findings)
     with console.status(f"testing negation in layer {lens.layer} on text ..."):
-        coupling_test = test_couplings(lens, couplings, dataset, args.controls, generator)
-    print_negation(console, couplings, coupling_test)
+        coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator)
+    terminal.print_negation(console, couplings, coupling_test)
     source = args.text or f"{len(dataset)} texts sampled from the model itself"
     out = args.out or (None if args.json else REPORT)
     if out is not None:
@@ -141,11 +141,23 @@ def run_circuits(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )  # fmt: skip
         console.print(f"report: {path}  ({time.perf_counter() - began:.0f} s)")
     about = {"model": args.model, "layer": lens.layer, "seed": args.seed, "text": source, "fdr": found.fdr}
-    about["negation"] = None if couplings is None else report.couplings_to_json(couplings, coupling_test)
-    return about | {"discoveries": len(found.found), "findings": report.to_json(lens, findings)}
+    tested = None if coupling_test is None else coupling_test.to_dict()
+    about["negation"] = None if couplings is None else couplings.to_dict() | {"test": tested}
+    return about | {"discoveries": len(found.found), "findings": [one.to_dict() for one in findings]}
 
 
-def find_couplings(lenses: "dict[int, FeatureLayer]", generator: torch.Generator) -> "NegationCouplings | None":
+def check_counts(args: argparse.Namespace) -> None:
+    """Make sure that there is enough of everything.
+
+    Raises:
+        ValueError: There is not.
+    """
+    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+
+
+def find_couplings(lenses: "dict[int, FeatureLayer]", generator: "torch.Generator") -> "NegationCouplings | None":
     """Ask every layer whether negators flip sentiment; None, with the reason, where the cards cannot tell them."""
     from bilens.circuits.couplings import negation_couplings
 
@@ -161,12 +173,12 @@ def strongest_layer(couplings: "NegationCouplings | None", default: int) -> int:
     return default if couplings is None else couplings.layers[int(couplings.q.argmin())].layer
 
 
-def test_couplings(
+def run_coupling_test(
     lens: "FeatureLayer",
     couplings: "NegationCouplings | None",
-    dataset: Sequence[str] | torch.Tensor,
+    dataset: "Sequence[str] | torch.Tensor",
     n_controls: int,
-    generator: torch.Generator,
+    generator: "torch.Generator",
 ) -> "CouplingTest | None":
     """Take the layer's products of negators and sentiment out of the running model."""
     from bilens.circuits.couplings import test_coupling
@@ -183,153 +195,71 @@ def test_couplings(
 
 def run_tests(
     args: argparse.Namespace,
-    console: Console,
+    console: "Console",
     lens: "FeatureLayer",
     found: "Discoveries",
     chosen: Sequence[int],
-    dataset: Sequence[str] | torch.Tensor,
-    generator: torch.Generator,
+    dataset: "Sequence[str] | torch.Tensor",
+    generator: "torch.Generator",
 ) -> "list[CircuitTest]":
     """Test the strongest pair of the first discoveries; one that is never active in the text is passed over."""
     from bilens import circuits
 
     first = {one.out: one for one in reversed(found.found)}  # the most significant of each output
-    tested = []
+    protocol, tested = circuits.Protocol(n_pairs=args.controls, n_directions=5, max_windows=16), []
     for number, feature in enumerate([f for f in chosen if f in first][: args.tests], 1):
         circuit = circuits.Circuit.of(lens, first[feature])
-        options = {"n_pairs": args.controls, "n_directions": 5, "max_windows": 16, "generator": generator}
         with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {feature}, on text ..."):
             try:
-                tested.append(circuits.test(lens, circuit, dataset, **options))
+                tested.append(circuits.test(lens, circuit, dataset, protocol, generator=generator))
             except ValueError as error:
                 console.print(f"not tested: {error}", markup=False)
     return tested
 
 
-def sample_text(model: "BilinearTransformer", n: int = 48, length: int = 96) -> torch.Tensor:
+def sample_text(model: "BilinearTransformer", n: int = 48, length: int = 96) -> "torch.Tensor":
     """Return text that the model writes itself, as token windows: data that is always there, offline."""
+    import torch
+
     start = torch.full((n, 1), model.bos_id)
     generator = torch.Generator().manual_seed(0)
     return model.generate(start, length - 1, temperature=0.9, top_k=100, stop_at_eos=False, generator=generator)
 
 
-def print_ranking(console: Console, lens: "FeatureLayer", strongest: "Interactions", n: int = 10) -> None:
-    """Print the strongest pairs of the layer."""
-    table = _table(f"strongest feature pairs of layer {lens.layer}, from the weights alone")
-    for name in ("input feature", "× input feature", "→ output feature"):
-        table.add_column(name, max_width=34, overflow="ellipsis", no_wrap=True)
-    table.add_column("coefficient", justify="right")
-    for o, i, j, value in list(zip(*(part.tolist() for part in strongest), strict=True))[:n]:
-        names = (lens.label("inp", i), lens.label("inp", j), lens.label("out", o))
-        table.add_row(*map(escape, names), f"{value:+.3f}")
-    console.print(table)
-
-
-def print_findings(console: Console, found: "Discoveries", findings: "Sequence[Finding]") -> None:
-    """Print what was found in the output features that the report shows in detail."""
-    outs = len({one.out for one in found.found})
-    console.print(f"{len(found.found)} motifs in {outs} of {len(found.score)} output features, FDR {found.fdr:g}")
-    table = _table(
-        "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
-    )
-    left = console.width - 62  # what the numbers leave
-    table.add_column("output feature", max_width=min(max(left, 12), 36), overflow="ellipsis", no_wrap=True)
-    table.add_column("motif", no_wrap=True, min_width=8)
-    for name, width in (("q", 7), ("λ₁", 5), ("λ₂", 5), ("r active", 8), ("KL pct.", 7)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
-    for one in findings:
-        first = one.discoveries[0] if one.discoveries else None
-        motif = ("-", "-") if first is None else (first.motif, f"{first.q:.1e}")
-        values = [f"{value:+.2f}" for value in one.values[:2].tolist()]
-        percentile = "-" if one.tested is None else f"{one.tested.percentile['kl']:.0f}"
-        numbers = (*motif, *values, f"{one.prediction.pearson_active:.2f}", percentile)
-        table.add_row(escape(f"{one.feature} {one.label}"), *numbers)
-    console.print(table)
-
-
-def print_negation(console: Console, couplings: "NegationCouplings | None", test: "CouplingTest | None") -> None:
-    """Print whether negators flip sentiment: by the weights of every layer, and by the running model in this one."""
-    if couplings is None:
-        return
-    console.print("[b]sentiment negation[/b]: negators × sentiment → good less bad words; a negative z flips")
-    for one, q in zip(couplings.layers, couplings.q.tolist(), strict=True):
-        sizes = f"{len(one.left.features)} × {len(one.right.features)} features"
-        console.print(f"  layer {one.layer}: {sizes}, z = {one.z[0]:+.2f}, q = {q:.2g}", markup=False)
-    if test is not None:
-        ranks = test.percentile
-        console.print(
-            f"  without their products in layer {test.coupling.layer}: predicted and measured change correlate "
-            f"{test.correlation:.3f}; KL at percentile {ranks['kl']:.0f}, loss at {ranks['loss']:.0f} of "
-            f"{len(test.scale)} random groups"
-        )
-
-
 # -- bilens attribute -------------------------------------------------------------------------------------------------
 
 
-def run_attribute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run_attribute(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
     """Attribute an output feature, or a token's logit, at one position."""
     with console.status("loading model and SAEs ..."):
         import bilens
         from bilens import circuits
-        from bilens.circuits import attribution
+        from bilens.report import graph, terminal
 
-        model = bilens.load(args.model)
+        model = load_bilinear(args.model)
         lens = circuits.FeatureLayer.load(model, args.layer, args.saes or args.model)
     target = {"feature": args.feature, "token": args.token, "out": None if args.feature is None else lens.out}
-    options = {"position": args.position, "label": partial(lens.label, "inp")}
+    options = {"position": args.position, "label": partial(lens.name, "inp")}
     found = bilens.attribute(model, args.text, args.layer, inp=lens.inp, **target, **options)
     terms = found.top(args.k)
-    print_attribution(console, lens, found, args.k)
+    terminal.print_attribution(console, lens, found, args.k)
     if args.graph is not None:
-        attribution.write_graph(found, args.graph)
+        graph.write_graph(found, args.graph)
         console.print(f"graph: {args.graph.resolve()}")
     named = [{"left": t.left, "right": t.right, "labels": t.labels, "value": t.value} for t in terms]
-    return {"target": found.target.name, "layer": args.layer, "terms": named} | _sums(found)
-
-
-def _sums(found: "Attribution") -> dict[str, float]:
-    """Return the kinds of terms at one position; they sum to `total`."""
-    parts = {
-        "feature × feature": found.pairs.sum(),
-        "feature × bias": found.feature_bias.sum(),
-        "feature × error": found.feature_error.sum(),
-        "error × error": found.error.sum(),
-        "error × bias": found.error_bias.sum(),
-        "bias": found.bias.sum(),
-        "total": found.total.sum(),
-        "model": found.pre_activation.sum(),
-    }
-    return {name: value.item() for name, value in parts.items()}
-
-
-def print_attribution(console: Console, lens: "FeatureLayer", found: "Attribution", k: int) -> None:
-    """Print the strongest pairs and the sums of all kinds of terms."""
-    place = found.places.position[0].item()
-    word = found.places.words[0][place]
-    target = found.target.name
-    if found.target.kind == "feature":
-        target += f" ({lens.label('out', found.target.index)})"
-    table = _table(f"{target} at {place} {word!r}, layer {found.layer}: pairs that add or take away most")
-    for name in ("input feature", "× input feature"):
-        table.add_column(name, max_width=44, overflow="ellipsis", no_wrap=True)
-    table.add_column("adds", justify="right")
-    for term in found.top(k):
-        table.add_row(*map(escape, term.labels), f"{term.value:+.4f}")
-    console.print(table)
-    for name, value in _sums(found).items():
-        console.print(f"  {name:18} {value:+.5f}", markup=False)
+    sums = {name: value.item() for name, value in found.sums.items()}
+    return {"target": found.target.name, "layer": args.layer, "terms": named} | sums
 
 
 # -- bilens features --------------------------------------------------------------------------------------------------
 
 
-def run_features(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run_features(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
     """Show feature cards, stored ones or new ones."""
     with console.status("loading model and SAEs ..."):
         import bilens
         from bilens import saes
-        from bilens.saes import cards
+        from bilens.report import terminal
 
         model = bilens.load(args.model)
         hook = f"blocks.{args.layer}.hook_mlp_{'in' if args.side == 'inp' else 'out'}"
@@ -337,46 +267,46 @@ def run_features(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.text is not None:
         rows = read_rows(args.text)
         sae = saes.load(folder, hook)
-        made = cards.collect(model, {hook: sae}, rows, folder=args.folder, label=args.label)[hook]
+        made = saes.collect(model, {hook: sae}, rows, folder=args.folder, label=args.label)[hook]
     else:
-        made = cards.FeatureCards.load(folder, hook, model)
-    chosen = args.feature if args.feature is not None else made.contexts.density.argsort(descending=True).tolist()
-    found = [made[feature] for feature in chosen]
-    found = [card for card in found if args.find is None or args.find in card.name]
-    found = found if args.feature is not None else found[:20]
-    print_cards(console, made, found)
-    return {"hook": hook, "provenance": made.provenance, "features": [card._asdict() for card in found]}
+        made = saes.FeatureCards.load(folder, hook, model)
+    found = list(choose_cards(made, args.feature, args.find))
+    terminal.print_cards(console, made, found)
+    return {"hook": hook, "provenance": made.provenance, "features": found}
 
 
-def print_cards(console: Console, made: "FeatureCards", found: "Sequence[Card]") -> None:
-    """Print cards: in full up to three, otherwise a line each."""
-    console.print(f"{made!r}", markup=False)
-    if len(found) > 3:
-        table = _table("features")
-        for name in ("feature", "active", "promotes", *(f"AUROC {label}" for label in made.labels)):
-            table.add_column(name, max_width=44, overflow="ellipsis", no_wrap=True)
-        for card in found:
-            promoted = ", ".join(list(card.promoted)[:4])
-            told = [f"{value:.2f}" for value in card.auroc.values()]
-            table.add_row(escape(f"{card.feature} {card.name}"), f"{100 * card.density:.2f} %", escape(promoted), *told)
-        console.print(table)
-        return
-    for card in found:
-        told = "".join(f", AUROC for {label} {value:.2f}" for label, value in card.auroc.items())
-        console.print(f"{card.feature}: {card.name}", style="bold", markup=False)
-        console.print(f"  active at {100 * card.density:.2f} % of positions, {card.mean:.2f} on average there{told}")
-        for verb, some in (("promotes", card.promoted), ("demotes", card.demoted)):
-            tokens = ", ".join(f"{token} {effect:+.2f}" for token, effect in some.items())
-            console.print(f"  {verb} {tokens or 'nothing'}", markup=False)
-        for context in card.contexts:
-            console.print(f"    {context}", markup=False)
+def choose_cards(
+    made: "FeatureCards", features: Sequence[int] | None, word: str | None, n: int = 20
+) -> "Iterator[Card]":
+    """Yield the cards of some features, or of the n most frequent ones; only those whose name contains a word.
+
+    Raises:
+        ValueError: No such feature.
+    """
+    for feature in features or ():
+        if not 0 <= feature < len(made):
+            raise ValueError(f"--feature must lie between 0 and {len(made) - 1}, got {feature}")
+    chosen = made.contexts.density.argsort(descending=True).tolist() if features is None else features
+    cards = (made[feature] for feature in chosen if word is None or word in made.name(feature))
+    return islice(cards, n if features is None else None)
 
 
 # -- common parts -----------------------------------------------------------------------------------------------------
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left")
+def load_bilinear(name: str) -> "BilinearTransformer":
+    """Load a model whose MLPs must be bilinear.
+
+    Raises:
+        ValueError: They are not.
+    """
+    import bilens
+
+    model = bilens.load(name)
+    for block in model.blocks:
+        if block.mlp.kind != "bilinear":
+            raise ValueError(f"model must have bilinear MLPs, those of {name} are {block.mlp.kind}")
+    return model
 
 
 def read_rows(name: str) -> Iterable[dict[str, Any]]:
@@ -408,7 +338,10 @@ def read_texts(name: str, most: int = 2000) -> list[str]:
     for row in read_rows(name):
         if "text" not in row:
             raise ValueError(f"{name} must have a column 'text', got {', '.join(map(repr, row))}")
-        texts += [row["text"]] if row["text"].strip() else []
+        text = row["text"] or ""  # a row may have none
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must hold text in its column 'text', got {text!r}")
+        texts += [text] if text.strip() else []
         if len(texts) == most:
             break
     if not texts:
@@ -416,7 +349,7 @@ def read_texts(name: str, most: int = 2000) -> list[str]:
     return texts
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]] = {
+COMMANDS: "dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]]" = {
     "circuits": run_circuits,
     "attribute": run_attribute,
     "features": run_features,

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from sae_lens import SAE
 from train_language import is_held_out, read_corpus
 
 import bilens
@@ -58,14 +57,8 @@ def main() -> None:
         model,
         shuffled[: args.texts],
         hooks,
-        folder=args.out,
-        expansion=args.expansion,
-        k=args.k,
-        tokens=int(args.tokens),
-        batch=args.batch,
-        lr=args.lr,
-        seed=args.seed,
-        autocast=True,
+        args.out,
+        saes.Recipe(args.expansion, args.k, int(args.tokens), args.batch, args.lr, args.seed, autocast=True),
     )
     evaluation_file = args.out / "evaluation.json"
     done = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
@@ -76,13 +69,14 @@ def main() -> None:
             evaluation_file.write_text(json.dumps(done, indent=1))
         if done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
             sae = saes.load(args.out, hook)
-            saes.finetune(model, sae, shuffled[: args.texts // 8], tokens=int(args.finetune_tokens), autocast=True)
+            tuning = saes.Tuning(tokens=int(args.finetune_tokens), autocast=True)
+            saes.finetune(model, sae, shuffled[: args.texts // 8], tuning=tuning)
             again = finish(model, sae, args.out / hook, test)
             done[hook] = again | {"fine-tuned": int(args.finetune_tokens), "recovered before": done[hook]["recovered"]}
             evaluation_file.write_text(json.dumps(done, indent=1))
 
 
-def finish(model: bilens.BilinearTransformer, sae: SAE, folder: Path, test: list[str]) -> dict:
+def finish(model: bilens.BilinearTransformer, sae: saes.SAE, folder: Path, test: list[str]) -> dict:
     """Store an SAE rounded to bfloat16, and evaluate what was stored."""
     saes.save(sae, folder, torch.bfloat16)
     sae = saes.load(folder.parent, folder.name)

@@ -19,7 +19,6 @@ from train_language import is_held_out
 import bilens
 from bilens import saes
 from bilens.__main__ import read_rows
-from bilens.saes import cards
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def main() -> None:
     points = [f"blocks.{i}.{point}" for i in range(model.cfg.n_layers) for point in ("hook_mlp_in", "hook_mlp_out")]
     fitted = {hook: saes.load(folder, hook) for hook in points}
     rows = chain.from_iterable(held_out(name, args) for name in args.data)
-    found = cards.collect(model, fitted, rows, folder=args.out, label=args.label)
+    found = saes.collect(model, fitted, rows, folder=args.out, label=args.label)
     print("\n".join(map(repr, found.values())))
 
 

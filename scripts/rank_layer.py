@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 import bilens
 from bilens import saes
+from bilens.models.files import fingerprint
 
 ARGUMENTS = ("layer", "k", "per_output", "exclude_self", "format")
 
@@ -72,9 +73,9 @@ def load(args: argparse.Namespace) -> tuple:
 def make_manifest(args: argparse.Namespace, model, inp, out) -> dict:
     """Return what the table depends on."""
     return {
-        "model": {"name": args.model, "sha256": saes.fingerprint(model)},
-        "input SAE": {"hook": inp.cfg.metadata.hook_name, "sha256": saes.fingerprint(inp)},
-        "output SAE": {"hook": out.cfg.metadata.hook_name, "sha256": saes.fingerprint(out)},
+        "model": {"name": args.model, "sha256": fingerprint(model)},
+        "input SAE": {"hook": inp.cfg.metadata.hook_name, "sha256": fingerprint(inp)},
+        "output SAE": {"hook": out.cfg.metadata.hook_name, "sha256": fingerprint(out)},
         "arguments": {name: getattr(args, name) for name in ARGUMENTS},
         "versions": {"bilens": bilens.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

@@ -11,8 +11,12 @@ from sae_lens import TopKSAE, TopKSAEConfig
 
 import bilens
 from bilens import saes
-from bilens.circuits import attribution
-from bilens.circuits.attribution import attribute, attribute_sources, graph, logit_direction, sources, trace, trace_pair
+from bilens.circuits.attribution import attribute
+from bilens.circuits.sources import attribute_sources, sources
+from bilens.circuits.targets import Target
+from bilens.circuits.traces import trace, trace_pair
+from bilens.models.logits import logit_direction
+from bilens.report.graph import graph, write_graph
 
 SCHEMA = json.loads((Path(__file__).parent / "attribution_graph_schema.json").read_text())
 VARIANTS = {
@@ -62,6 +66,13 @@ def out():
 def targets(model, out):
     direction = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     return {"feature": {"feature": 7, "out": out}, "token": {"token": "cat"}, "direction": {"direction": direction}}
+
+
+def as_target(model, options):
+    """The target that `attribute` makes of its options."""
+    if "feature" in options:
+        return Target.feature(options["out"], options["feature"])
+    return Target.token(model, options["token"]) if "token" in options else Target.direction(options["direction"])
 
 
 def exactly(actual, expected):
@@ -158,13 +169,14 @@ def test_texts_together_give_what_each_gives_alone(hard, inp, out):
     exactly(ids.table[0], together.table[1])
 
 
-def test_more_texts_than_run_at_a_time(hard, inp, out, monkeypatch):
-    whole = attribute(hard, TEXTS, 1, 7, inp=inp, out=out)
-    monkeypatch.setattr(attribution, "_ROWS", 2)
-    monkeypatch.setattr(attribution, "_POSITIONS", 3)
-    pieces = attribute(hard, TEXTS, 1, 7, inp=inp, out=out)
-    exactly(pieces.table, whole.table)
-    assert torch.equal(pieces.features, whole.features)
+def test_more_texts_than_run_at_a_time(hard, inp, out):
+    once = attribute(hard, TEXTS, 1, 7, inp=inp, out=out)
+    many = attribute(hard, TEXTS * 24, 1, 7, inp=inp, out=out)  # 72 texts, 336 positions
+    assert len(many.table) == 24 * len(once.table) > 256
+    exactly(many.table, once.table.repeat(24, 1, 1))
+    exactly(many.total, many.pre_activation)
+    assert torch.equal(many.features, once.features.repeat(24, 1))
+    assert many.places.row.tolist() == sorted(many.places.row.tolist())
 
 
 # -- every edge is what an intervention measures ----------------------------------------------------------------------
@@ -262,7 +274,7 @@ def test_sources_sum_to_the_residual_stream_and_to_what_enters(model, layer):
 
 @pytest.mark.parametrize("kind", ["feature", "token", "direction"])
 def test_pairs_of_sources_sum_to_what_the_model_computes(model, out, kind):
-    found = attribute_sources(model, TEXTS, 1, **targets(model, out)[kind])
+    found = attribute_sources(model, TEXTS, 1, as_target(model, targets(model, out)[kind]))
     exactly(found.total, found.pre_activation)
     exactly(found.pairs.sum((1, 2)) + found.source_bias.sum(1) + found.bias, found.total)
     exactly(found.pre_activation, attribute(model, TEXTS, 1, inp=random_sae("blocks.1.hook_mlp_in"),
@@ -270,7 +282,7 @@ def test_pairs_of_sources_sum_to_what_the_model_computes(model, out, kind):
 
 
 def test_every_pair_of_sources_is_what_an_intervention_measures(model, out):
-    found = attribute_sources(model, TEXT, 1, 7, out=out, position=3)
+    found = attribute_sources(model, TEXT, 1, Target.feature(out, 7), 3)
     parts = sources(model, TEXT, 1, 3).values[0]
     hook, zero = "blocks.1.hook_resid_mid", parts.new_zeros(16)
     read = lambda y: y @ saes.readers(out)[7] + saes.offsets(out)[7]  # noqa: E731
@@ -278,7 +290,7 @@ def test_every_pair_of_sources_is_what_an_intervention_measures(model, out):
 
 
 def test_silencing_a_head_removes_its_terms(model, out):
-    found = attribute_sources(model, TEXT, 1, 7, out=out)
+    found = attribute_sources(model, TEXT, 1, Target.feature(out, 7))
     _, cache = model.run_with_cache(TEXT)
 
     def silence(value, hook):
@@ -336,13 +348,13 @@ def test_top_lists_the_strongest_pairs(hard, inp, out):
     assert len(found.top(10**6)) == (values != 0).sum()
     assert repr(top[0]) in repr(found)
     assert "\n" not in repr(found) + repr(sources(hard, TEXT, 1))
-    assert " × MLP 0 at " in repr(attribute_sources(hard, TEXT, 1, 7, out=out).top(1)[0])
+    assert " × MLP 0 at " in repr(attribute_sources(hard, TEXT, 1, Target.feature(out, 7)).top(1)[0])
 
 
 def drawn(hard, inp, tmp_path, target):
     found = attribute(hard, TEXTS, 1, inp=inp, **target)
     traced = trace(sources(hard, TEXTS, 1), inp, found.features)
-    attribution.write_graph(found, tmp_path / "dog.json", traced=traced, pairs=9)
+    write_graph(found, tmp_path / "dog.json", traced=traced, pairs=9)
     made = json.loads((tmp_path / "dog.json").read_text())
     assert made == graph(found, traced=traced, pairs=9, slug="dog")
     return made, found
@@ -420,10 +432,11 @@ def test_a_model_without_a_tokenizer_takes_ids(make_model, inp, out):
         ({"feature": None, "out": None, "token": 10**6}, "token must be an id from 0 to"),
         ({"feature": None, "out": None, "token": "cat dog"}, "'cat dog' is not a single token"),
         ({"feature": None, "out": None, "direction": torch.ones(3)}, r"direction must have shape \[16\]"),
-        ({"text": ""}, "text must hold a token besides BOS, got '' as text 0"),
+        ({"text": ""}, "texts must hold at least one text that is not empty, got 1 empty ones"),
         ({"text": ["the cat", " "]}, "text must hold a token besides BOS, got ' ' as text 1"),
-        ({"text": []}, "text must hold at least one text, got an empty list"),
-        ({"text": torch.zeros(0, dtype=torch.long)}, "text must hold at least one token"),
+        ({"text": []}, "texts must hold at least one text .*got none"),
+        ({"text": torch.zeros(0, dtype=torch.long)}, "texts must hold at least one token id"),
+        ({"text": ["once", "cat " * 32]}, "text must fit the context of 32 tokens, got more of them as text 1"),
         ({"text": torch.tensor([1])}, "text must hold a token besides BOS, got none"),
         ({"position": 5}, "position must lie between -5 and 4 in text 0, got 5"),
         ({"position": -6}, "position must lie between -5 and 4 in text 0, got -6"),
@@ -491,7 +504,7 @@ def test_every_published_generation_is_attributed_exactly(name, point):
     inp, out = (random_sae(f"blocks.{layer}.{one}", d_in=d_in) for one in (point, "hook_mlp_out"))
     for target in ({"feature": 3, "out": out}, {"token": 5}):
         assert attribute(model, tokens, layer, inp=inp, **target).miss.max() < 1e-12
-        assert attribute_sources(model, tokens, layer, **target).miss.max() < 1e-12
+        assert attribute_sources(model, tokens, layer, as_target(model, target)).miss.max() < 1e-12
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the published fixtures in ../shared")
@@ -515,7 +528,7 @@ def test_the_embedded_model_is_attributed_exactly():
         for target in ({"feature": 11, "out": out}, {"token": "bad"}):
             found = attribute(model, [REVIEW, "it was boring"], layer, inp=inp, **target)
             assert found.miss.max() < 1e-5
-            assert attribute_sources(model, REVIEW, layer, **target).miss.max() < 1e-5
+            assert attribute_sources(model, REVIEW, layer, as_target(model, target)).miss.max() < 1e-5
     traced = trace(sources(model, [REVIEW, "it was boring"], layer), inp, found.features)
     torch.testing.assert_close(traced.pre_activation, found.activations, rtol=1e-4, atol=1e-5)
     jsonschema.validate(graph(found, traced=traced, row=1), SCHEMA)

@@ -9,7 +9,9 @@ from test_circuits import random_sae
 
 from bilens import saes
 from bilens.circuits import FeatureLayer
-from bilens.saes import cards
+from bilens.models.files import fingerprint
+from bilens.models.windows import Windows, observe
+from bilens.saes import FeatureCards, auroc, collect, collecting
 
 HOOKS = ("blocks.0.hook_mlp_in", "blocks.1.hook_mlp_out")
 WORDS = ("the", "cat", "dog", "sat", "ran", "on", "mat", "once", "saw", "big")
@@ -35,15 +37,15 @@ def rows():
 
 @pytest.fixture(scope="module")
 def found(model, fitted, rows):
-    return cards.collect(model, fitted, rows, label="kind", progress=False)
+    return collect(model, fitted, rows, label="kind")
 
 
 def activations_of(model, sae, hook, texts):
     """Activations of every text's tokens, window by window."""
-    rows = saes.to_rows(model, texts)
+    rows = Windows.of(model, texts)
     with torch.no_grad():
-        z = sae.encode(saes.activations(model, rows, [hook])[hook])
-    return [z[i][rows.counts[i]] for i in range(len(z))], saes.text_of_rows(model, texts).tolist()
+        z = sae.encode(observe(model, rows, [hook])[hook])
+    return [z[i][rows.counts[i]] for i in range(len(z))], rows.text.tolist()
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -54,7 +56,7 @@ def test_counts_are_those_of_all_positions(model, fitted, rows, found, hook):
     torch.testing.assert_close(one.contexts.density, (z != 0).float().mean(0))
     torch.testing.assert_close(one.mean, z.sum(0) / (z != 0).sum(0).clamp(min=1), rtol=1e-4, atol=1e-6)
     assert torch.equal(one.histogram.sum(1), (z != 0).sum(0))
-    edges = torch.tensor([0.0, *cards.EDGES])
+    edges = torch.tensor([0.0, *saes.EDGES])
     for feature in (0, 13):
         active = z[:, feature][z[:, feature] != 0]
         counts = [((active > low) & (active <= high)).sum() for low, high in pairwise(edges)]
@@ -89,9 +91,9 @@ def test_tokens_are_those_whose_logits_move_most(model, fitted, found):
 
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_killed_run_resumes_to_the_same_cards(model, fitted, rows, tmp_path, monkeypatch, killed_after):
-    monkeypatch.setattr(cards, "_CHUNK", 8)
-    whole = cards.collect(model, fitted, rows, label="kind", folder=tmp_path / "whole", progress=False)
-    take_in, calls = cards._take_in, []
+    monkeypatch.setattr(collecting, "CHUNK", 8)
+    whole = collect(model, fitted, rows, label="kind", folder=tmp_path / "whole")
+    take_in, calls = collecting._take_in, []
 
     def killed(*args):
         calls.append(1)
@@ -99,15 +101,15 @@ def test_a_killed_run_resumes_to_the_same_cards(model, fitted, rows, tmp_path, m
             raise KeyboardInterrupt
         take_in(*args)
 
-    monkeypatch.setattr(cards, "_take_in", killed)
+    monkeypatch.setattr(collecting, "_take_in", killed)
     with pytest.raises(KeyboardInterrupt):
-        cards.collect(model, fitted, rows, label="kind", folder=tmp_path / "run", progress=False)
+        collect(model, fitted, rows, label="kind", folder=tmp_path / "run")
     counted = []
-    monkeypatch.setattr(cards, "_take_in", lambda *args: (counted.append(len(args[-1])), take_in(*args)))
-    again = cards.collect(model, fitted, iter(rows), label="kind", folder=tmp_path / "run", progress=False)
+    monkeypatch.setattr(collecting, "_take_in", lambda *args: (counted.append(len(args[-1])), take_in(*args)))
+    again = collect(model, fitted, iter(rows), label="kind", folder=tmp_path / "run")
     assert sum(counted) == len(rows) - 8 * killed_after
     for hook in HOOKS:
-        stored = [(tmp_path / run / hook / cards.FILE).read_bytes() for run in ("whole", "run")]
+        stored = [(tmp_path / run / hook / saes.FILE).read_bytes() for run in ("whole", "run")]
         assert stored[0] == stored[1]
         assert torch.equal(again[hook].auroc, whole[hook].auroc)
 
@@ -115,13 +117,13 @@ def test_a_killed_run_resumes_to_the_same_cards(model, fitted, rows, tmp_path, m
 def test_cards_are_read_beside_their_sae(model, make_model, fitted, found, tmp_path):
     hook = HOOKS[0]
     saes.save(fitted[hook], tmp_path / hook)
-    found[hook].save(tmp_path / hook / cards.FILE)
-    reread = cards.FeatureCards.load(tmp_path, hook, model)
+    found[hook].save(tmp_path / hook / saes.FILE)
+    reread = FeatureCards.load(tmp_path, hook, model)
     assert torch.equal(reread.contexts.tokens, found[hook].contexts.tokens)
     assert reread[3].name == found[hook][3].name
     assert reread.provenance == found[hook].provenance
     with pytest.raises(ValueError, match="another hash"):
-        cards.FeatureCards.load(tmp_path, hook, make_model(seed=5, dtype=torch.float32))
+        FeatureCards.load(tmp_path, hook, make_model(seed=5, dtype=torch.float32))
 
 
 def test_groups_are_found_and_named_by_words_and_labels(model, fitted, rows, found):
@@ -158,36 +160,37 @@ def test_a_layer_takes_only_saes_of_its_own(make_model, fitted, tmp_path):
     model = make_model(dtype=torch.float32)
     for point in ("hook_mlp_in", "hook_mlp_out"):
         sae = random_sae(f"blocks.1.{point}").float()
-        sae.cfg.metadata.settings = {"model": saes.fingerprint(model)}
+        sae.cfg.metadata.settings = {"model": fingerprint(model)}
         saes.save(sae, tmp_path / f"blocks.1.{point}")
     assert FeatureLayer.load(model, 1, tmp_path).inp_cards is None
     with pytest.raises(ValueError, match="fitted to one with other weights"):
         FeatureLayer.load(make_model(seed=5, dtype=torch.float32), 1, tmp_path)
     saes.save(random_sae("blocks.0.hook_mlp_in").float(), tmp_path / "blocks.1.hook_mlp_in")
-    with pytest.raises(ValueError, match=r"must be one that was fitted there, got one of blocks\.0\.hook_mlp_in"):
+    with pytest.raises(
+        ValueError, match=r"must be one that was fitted at blocks\.1\.hook_mlp_in, got one of blocks\.0\.hook_mlp_in"
+    ):
         FeatureLayer.load(model, 1, tmp_path)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_errors_name_the_argument(model, fitted, rows, found, tmp_path):
-    quiet = {"progress": False}
     with pytest.raises(ValueError, match="column 'mood', got 'text', 'kind'"):
-        cards.collect(model, fitted, rows, label="mood", **quiet)
+        collect(model, fitted, rows, label="mood")
     with pytest.raises(ValueError, match="column 'body', got 'text', 'kind'"):
-        cards.collect(model, fitted, rows, text="body", **quiet)
+        collect(model, fitted, rows, text="body")
     with pytest.raises(ValueError, match="got texts without columns"):
-        cards.collect(model, fitted, ["the cat"], label="kind", **quiet)
+        collect(model, fitted, ["the cat"], label="kind")
     with pytest.raises(ValueError, match="dataset must hold a text that is not empty"):
-        cards.collect(model, fitted, [" ", ""], **quiet)
-    with pytest.raises(ValueError, match="must be one that was fitted there"):
-        cards.collect(model, {HOOKS[0]: fitted[HOOKS[1]]}, rows, **quiet)
+        collect(model, fitted, [" ", ""])
+    with pytest.raises(ValueError, match=r"fitted at blocks\.0\.hook_mlp_in, got one of blocks\.1\.hook_mlp_out"):
+        collect(model, {HOOKS[0]: fitted[HOOKS[1]]}, rows)
     with pytest.raises(ValueError, match="must read 16 dimensions"):
-        cards.collect(model, {HOOKS[0]: random_sae(HOOKS[0], d_in=8)}, rows, **quiet)
-    cards.collect(model, fitted, rows, folder=tmp_path, **quiet)
+        collect(model, {HOOKS[0]: random_sae(HOOKS[0], d_in=8)}, rows)
+    collect(model, fitted, rows, folder=tmp_path)
     with pytest.raises(ValueError, match="folder must be of this run"):
-        cards.collect(model, fitted, rows, folder=tmp_path, n=3, **quiet)
+        collect(model, fitted, rows, folder=tmp_path, n=3)
     with pytest.raises(ValueError, match="dataset must begin with the 41 texts"):
-        cards.collect(model, fitted, rows[1:], folder=tmp_path, **quiet)
+        collect(model, fitted, rows[1:], folder=tmp_path)
     one = found[HOOKS[0]]
     with pytest.raises(IndexError, match="feature must lie between 0 and 39"):
         one[40]
@@ -199,3 +202,9 @@ def test_errors_name_the_argument(model, fitted, rows, found, tmp_path):
         one.near(["xylophone"])
     with pytest.raises(ValueError, match="near none"):
         one.near(["."])
+
+
+def test_auroc_counts_ties_half():
+    positive, negative = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[2.0], [0.0]])
+    wins = sum((p > n) + 0.5 * (p == n) for p in [1, 2, 2] for n in [2, 0])
+    assert auroc(positive, negative).item() == pytest.approx(wins / 6)

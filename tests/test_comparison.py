@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import bilens
 from bilens import BilinearTensor, eigen
-from bilens.report import plots
+from bilens.report import tensorplots
 from bilens.tensor import comparison
 
 
@@ -228,11 +228,11 @@ def test_quadratic_forms_are_compared_as_their_matrices():
 
 def test_the_figure_shows_every_pair_and_checks_the_names():
     matrix = bilens.similarity_matrix([layer(seed=seed) for seed in range(3)])
-    figure = plots.similarity(matrix, ["a", "b", "c"])
+    figure = tensorplots.similarity(matrix, ["a", "b", "c"])
     assert [list(row) for row in figure.data[0].z] == [[float(f"{x:.4g}") for x in row] for row in matrix.tolist()]
     assert (figure.data[0].zmin, figure.data[0].zmax) == (-1, 1)
     with pytest.raises(ValueError, match="labels must name each of the 3 layers, got 2"):
-        plots.similarity(matrix, ["a", "b"])
+        tensorplots.similarity(matrix, ["a", "b"])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -5,8 +5,8 @@ import torch
 from test_circuits import random_sae
 
 from bilens import circuits
-from bilens.circuits import FeatureLayer, couplings, interventions
-from bilens.circuits.motifs import Group
+from bilens.circuits import FeatureLayer, couplings, edits
+from bilens.circuits.groups import Group
 
 TEXTS = ["the cat sat on the mat", "once upon a time the big dog ran and the cat saw", "a little dog ran on"] * 3
 
@@ -54,9 +54,9 @@ def plant(lens, left, right, direction, strength):
 def test_a_planted_coupling_is_found_with_its_sign_and_others_are_not(lens, groups):
     directions = torch.randn(6, 16, generator=generator(), dtype=torch.float64)
     directions = torch.linalg.qr(directions.T).Q.T
-    names = [f"direction {i}" for i in range(6)]
+    named = {f"direction {i}": direction for i, direction in enumerate(directions)}
     planted = plant(lens, *groups, directions[2], -20.0)
-    found = couplings.couple(planted, *groups, directions, names, generator=generator(), n=2000)
+    found = couplings.couple(planted, *groups, named, generator=generator(), n=2000)
     assert int(found.p.argmin()) == 2
     assert found.p[2] < 0.05  # the random features of the null model overlap with the groups: 60 in 16 dimensions
     assert found.value[2] < 0
@@ -66,13 +66,13 @@ def test_a_planted_coupling_is_found_with_its_sign_and_others_are_not(lens, grou
 
 @pytest.mark.parametrize("null", couplings.COUPLING_NULLS)
 def test_p_values_are_uniform_without_a_coupling(lens, groups, null):
-    directions = torch.randn(200, 1, 16, generator=generator(), dtype=torch.float64)
+    directions = torch.randn(200, 16, generator=generator(), dtype=torch.float64)
     draw, p = torch.Generator().manual_seed(3), []
     for one in directions:  # fresh random groups each time
         order = torch.randperm(60, generator=draw)
         left = Group("left", order[:8], torch.ones(8))
         right = Group("right", order[8:20], torch.randn(12, generator=draw))
-        p.append(couplings.couple(lens, left, right, one, ["x"], generator=draw, null=(null,), n=99).p)
+        p.append(couplings.couple(lens, left, right, {"x": one}, generator=draw, null=(null,), n=99).p)
     p = torch.cat(p)
     assert 0.05 <= (p <= 0.1).double().mean() <= 0.16
     assert 0.38 <= (p <= 0.5).double().mean() <= 0.62
@@ -87,28 +87,26 @@ def test_without_pairs_takes_every_product_of_two_groups_out(lens):
         return cache[lens.hook_out]
 
     before = mlp_out()
-    with interventions.without_pairs(lens, left, right):
+    with edits.without_pairs(lens, left, right):
         after = mlp_out()
     _, cache = lens.model.run_with_cache(tokens, names_filter=lens.hook_in)
     z = lens.inp.encode(cache[lens.hook_in])
-    gone = sum(
-        2 * (z[..., i] * z[..., j])[..., None] * interventions.interaction(lens, i, j) for i in left for j in right
-    )
+    gone = sum(2 * (z[..., i] * z[..., j])[..., None] * edits.interaction(lens, i, j) for i in left for j in right)
     torch.testing.assert_close(before - after, gone)
     assert gone.abs().max() > 0
     assert torch.equal(mlp_out(), before)
 
 
 def test_the_running_model_does_what_the_weights_say(lens, groups):
-    direction = torch.randn(1, 16, generator=generator(), dtype=torch.float64)
-    found = couplings.couple(lens, *groups, direction, ["a direction"], generator=generator(), n=20)
+    direction = torch.randn(16, generator=generator(), dtype=torch.float64)
+    found = couplings.couple(lens, *groups, {"a direction": direction}, generator=generator(), n=20)
     test = couplings.test_coupling(lens, found, TEXTS, generator=generator(), n_controls=7, max_windows=9)
     assert test.correlation > 0.5
     assert test.n_all == len(test.measured) > 10
     assert len(test.controls.kl) == len(test.rescaled.kl) == 7
     assert (test.effect.kl > 0).all()
     left, right = (group.features.tolist() for group in groups)
-    with interventions.without_pairs(lens, left, right):
+    with edits.without_pairs(lens, left, right):
         edited = lens.model(TEXTS[1], "loss")
     assert edited != lens.model(TEXTS[1], "loss")
     assert 0 <= test.percentile["kl"] <= 100
@@ -116,8 +114,8 @@ def test_the_running_model_does_what_the_weights_say(lens, groups):
 
 
 def test_controls_at_equal_strength_change_the_output_as_much(lens, groups):
-    direction = torch.eye(16, dtype=torch.float64)[:1]
-    found = couplings.couple(lens, *groups, direction, ["first"], generator=generator(), n=20)
+    direction = torch.eye(16, dtype=torch.float64)[0]
+    found = couplings.couple(lens, *groups, {"first": direction}, generator=generator(), n=20)
     test = couplings.test_coupling(lens, found, TEXTS, generator=generator(), n_controls=3)
     torch.testing.assert_close(test.rescaled.pre * test.scale, test.controls.pre.to(test.scale))
 
@@ -148,8 +146,8 @@ def test_errors_name_the_argument(lens, groups):
         couplings.couple(lens, left, Group("right", torch.tensor([1, 2]), torch.ones(2)), **options)
     with pytest.raises(ValueError, match="null must be among"):
         couplings.couple(lens, left, right, null=("readers",), **options)
-    with pytest.raises(ValueError, match="names must name each of the 1 directions"):
-        couplings.couple(lens, left, right, torch.ones(1, 16).double(), **options)
+    with pytest.raises(ValueError, match="outputs must hold at least one direction"):
+        couplings.couple(lens, left, right, {}, **options)
     with pytest.raises(ValueError, match="lenses must have feature cards"):
         couplings.negation_couplings({1: lens}, generator=generator())
     found = couplings.couple(lens, left, right, **options)
@@ -158,8 +156,9 @@ def test_errors_name_the_argument(lens, groups):
     other = couplings.Coupling(0, *groups, ("x",), torch.ones(1, 16), *(torch.ones(1),) * 3, 1)
     with pytest.raises(ValueError, match="coupling must be one of layer 1"):
         couplings.test_coupling(lens, other, TEXTS, generator=generator())
-    with (
-        pytest.raises(ValueError, match="must be different input features, got 3 twice"),
-        interventions.without_pairs(lens, [3], [3]),
-    ):
-        pass
+    for one, other in (([3], [3]), (torch.tensor([1, 3]), torch.tensor([3, 5]))):
+        with (
+            pytest.raises(ValueError, match="must be different input features, got 3 twice"),
+            edits.without_pairs(lens, one, other),
+        ):
+            pass

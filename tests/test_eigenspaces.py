@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilens import BilinearTensor, eigen, eigenspaces
-from bilens.report import plots
+from bilens.report import tensorplots
 from bilens.tensor import spectra
 from bilens.tensor.decompositions import Eigen
 
@@ -126,7 +126,7 @@ def test_repr_shows_the_span():
 
 def test_the_figure_marks_each_effective_rank_on_the_spectrum():
     values = torch.tensor([2.0, -2, 0.5])
-    figure = plots.effective_ranks(values)
+    figure = tensorplots.effective_ranks(values)
     assert list(figure.data[0].y) == [2, 2, 0.5]
     marked = [line.x0 for line in figure.layout.shapes]
     assert marked == pytest.approx([float(rank(values)) for rank in RANKS])

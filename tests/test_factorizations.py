@@ -10,7 +10,7 @@ from tensorly.decomposition import parafac, partial_tucker
 
 import bilens
 from bilens import BilinearTensor, cp, eigen, hosvd, recompose
-from bilens.report import plots
+from bilens.report import tensorplots
 
 TENSORS = {"tall": (9, 14, 5, False), "biased": (4, 6, 7, True), "many outputs": (30, 8, 4, False)}
 
@@ -272,23 +272,23 @@ def test_few_eigenvectors_of_a_hosvd_are_a_layer_too():
 
 def test_the_figure_of_a_hosvd_shows_its_singular_values_and_matrices():
     found = hosvd(layer(), 3)
-    figure = plots.hosvd(found, n_matrices=2)
+    figure = tensorplots.hosvd(found, n_matrices=2)
     bars, *matrices = figure.data
     assert list(bars.y) == [float(f"{value:.4g}") for value in found.spectrum.tolist()]
     assert len(matrices) == 2
     for trace, matrix in zip(matrices, found.matrices(), strict=False):
         close(torch.tensor(trace.z).double(), matrix, 1e-3)
     with pytest.raises(ValueError, match="n_matrices must lie between 1 and the rank, 3, got 4"):
-        plots.hosvd(found, n_matrices=4)
+        tensorplots.hosvd(found, n_matrices=4)
 
 
 def test_the_figure_of_cosines_has_a_point_per_rank():
     fits = [cp(layer(hidden=20), rank, generator=generator()) for rank in (1, 2, 4)]
-    figure = plots.cp_cosines(fits)
+    figure = tensorplots.cp_cosines(fits)
     assert list(figure.data[0].x) == [1, 2, 4]
     assert list(figure.data[0].y) == [float(f"{fit.cosine:.4g}") for fit in fits]
     with pytest.raises(ValueError, match="fits must hold at least one CP, got none"):
-        plots.cp_cosines([])
+        tensorplots.cp_cosines([])
 
 
 # -- errors and looks -------------------------------------------------------------------------------------------------

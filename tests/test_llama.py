@@ -14,6 +14,7 @@ from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConf
 from bilens.models.hooks import KEY_VALUE_HOOKS
 from bilens.models.llama import read_rope, write_rope
 from bilens.models.rotary import Rope
+from bilens.models.windows import Windows
 
 transformers = pytest.importorskip("transformers")
 
@@ -426,11 +427,11 @@ def test_generation_with_a_cache_is_that_without_also_under_interventions(origin
 def test_attribution_through_heads_sums_to_what_the_model_computes(originals, name, ids):
     model = linear(bilens.load(originals(name)[1], dtype=torch.float64))
     _, cache = model.run_with_cache(ids[:1])
-    came = bilens.circuits.attribution.sources(model, ids[0], 2)
+    came = bilens.circuits.sources.sources(model, ids[0], 2)
     assert ("attention biases" in came.names) == model.cfg.attention.bias[1]
     torch.testing.assert_close(came.values.sum(1), cache["blocks.2.hook_resid_mid"][0])
     direction = torch.randn(32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    split = bilens.circuits.attribution.attribute_sources(model, ids[0], 2, direction=direction)
+    split = bilens.circuits.sources.attribute_sources(model, ids[0], 2, bilens.circuits.Target.direction(direction))
     torch.testing.assert_close(split.table.sum((1, 2)), cache["blocks.2.hook_mlp_out"][0] @ direction)
 
 
@@ -441,7 +442,7 @@ def test_paths_through_the_last_layer_sum_to_the_logits(originals, name, ids):
     torch.testing.assert_close(expanded.logits(), model(ids[:1])[0])
     if any(model.cfg.attention.bias):
         with pytest.raises(ValueError, match=r"no attention biases, which belong to no token, got \(True, True\)"):
-            bilens.circuits.paths.virtual_tokens(model)
+            bilens.circuits.virtual.virtual_tokens(model)
 
 
 def test_hook_table_shows_the_heads_that_share_keys(originals, capsys):
@@ -494,12 +495,11 @@ def test_texts_start_as_the_tokenizer_itself_starts_them(folder, tmp_path, kind)
     bilens.save(model, tmp_path / "again")
     assert bilens.load(tmp_path / "again").has_bos == model.has_bos
     for texts in (["the cat sat"], ["the", "a cat sat the cat"]):
-        rows = bilens.saes.to_rows(model, texts, length=4)
+        rows = Windows.of(model, texts, length=4)
         words = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids]
         assert rows.tokens[rows.counts].tolist() == words
         assert bool((rows.tokens[:, 0] == model.bos_id).all()) == model.has_bos
-        assert len(bilens.saes.text_of_rows(model, texts, length=4)) == len(rows.tokens)
-        assert len(bilens.circuits.attribution.locate(model, texts).row) == len(words)
+        assert len(bilens.circuits.places.locate(model, texts).row) == len(words)
     if kind == "qwen":
         with pytest.raises(ValueError, match="input is empty text and the model has no BOS"):
             model.to_tokens("")

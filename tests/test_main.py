@@ -12,7 +12,7 @@ import torch
 from sae_lens import TopKSAE
 
 import bilens
-from bilens.__main__ import main
+from bilens.__main__ import COMMANDS, main, read_texts
 
 
 def run(folder, *args):
@@ -112,6 +112,56 @@ def test_features_makes_cards_of_a_file(tmp_path):
     found = json.loads(done.stdout)
     assert found["provenance"]["texts"] == "8"
     assert set(found["features"][0]["auroc"]) == {"no", "yes"}
+
+
+def test_an_unknown_auroc_is_null(tmp_path, capsys):
+    """All texts have one label, so nothing can be told apart."""
+    data = tmp_path / "reviews.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "kind": "no"}) + "\n" for text in ("a bad film", "a dull film")))
+    args = ["features", "--layer", "1", "--text", str(data), "--label", "kind", "--feature", "3", "--json"]
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out)["features"][0]["auroc"] == {"no": None}
+
+
+def test_a_text_that_is_null_is_passed_over(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in (None, "a cat", "", " ", "a dog")))
+    assert read_texts(str(data)) == ["a cat", "a dog"]
+    data.write_text(json.dumps({"text": None}) + "\n")
+    with pytest.raises(ValueError, match="must hold a text that is not empty, got none"):
+        read_texts(str(data))
+    data.write_text(json.dumps({"text": 3}) + "\n")
+    with pytest.raises(ValueError, match="must hold text in its column 'text', got 3"):
+        read_texts(str(data))
+
+
+def test_a_fault_of_ours_is_not_shown_as_the_users(monkeypatch):
+    monkeypatch.setitem(COMMANDS, "features", lambda args, console: len(3))
+    with pytest.raises(TypeError, match="object of type 'int' has no len"):
+        main(["features", "--layer", "1"])
+
+
+def test_a_model_that_is_not_bilinear_is_named(tmp_path, make_model, capsys):
+    bilens.save(make_model(mlp="gated", act="silu"), tmp_path / "gated")
+    assert main(["circuits", str(tmp_path / "gated")]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "model must have bilinear MLPs" in line
+    assert "are gated" in line
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "rich", "plotly", "datasets", "numpy", "jinja2")
+    code = f"""
+import sys
+from bilens.__main__ import main
+try:
+    main(["--help"])
+except SystemExit:
+    print([name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 import bilens
 from bilens import BilinearTensor
-from bilens.report import plots
+from bilens.report import tensorplots
 from bilens.tensor.defaults import default_features, modification, modifier_features, most_modified
 
 WIDTH = 6
@@ -191,7 +191,7 @@ def test_reprs_and_figures():
     found = most_modified(B, defaults, random(WIDTH), k=3)
     assert repr(defaults).startswith("FactorFeatures(6 of the right factor by svd; strengths: ")
     assert repr(found).startswith(f"Modified(3 default features; first: #{found.feature[0]} ")
-    drawn = plots.modified(found)
+    drawn = tensorplots.modified(found)
     assert list(drawn.data[0].y) == found.change.tolist()
-    assert {*drawn.data[0].marker.color} <= {plots.POSITIVE, plots.NEGATIVE}
-    assert len(plots.modification(modification(B, defaults, modifier_features(B))).data[0].z) == 6
+    assert {*drawn.data[0].marker.color} <= {tensorplots.POSITIVE, tensorplots.NEGATIVE}
+    assert len(tensorplots.modification(modification(B, defaults, modifier_features(B))).data[0].z) == 6

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bilens.circuits import motifs
-from bilens.circuits.motifs import Null, search
+from bilens.circuits import discovery, motifs, nulls, scoring, search
+from bilens.circuits.groups import split
+from bilens.circuits.nulls import Null
 from bilens.tensor.bilinear import BilinearTensor
 
 
@@ -33,7 +34,7 @@ def planted_layer(seed=0, strength=8.0, per=2, n_out=64, d=96, hidden=384, n_in=
     B, readers, writers = random_layer(seed, n_out, d, hidden, n_in)
     generator, duals = seeded(seed + 1), torch.linalg.pinv(readers.double()).T.float()
     terms, truth = [], {}
-    for o, motif in zip(torch.randperm(len(readers), generator=generator).tolist(), motifs.MOTIFS * per, strict=False):
+    for o, motif in zip(torch.randperm(len(readers), generator=generator).tolist(), scoring.MOTIFS * per, strict=False):
         M = B.matrix(readers[o])
         Q = writers @ M @ writers.T
         unit = 2 * Q[~torch.eye(len(Q), dtype=torch.bool)].square().mean().sqrt()
@@ -78,7 +79,7 @@ def block(score, rows, columns):
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_are_those_of_the_groups_they_name(seed):
     T = random_coefficients(seed=seed)
-    for name, score in motifs._GROUPED.items():
+    for name, score in motifs.GROUPED.items():
         found = score(T, 3)
         for o in range(len(T)):
             groups, t = [mask[o].nonzero()[:, 0].tolist() for mask in found.masks], T[o]
@@ -112,7 +113,7 @@ def test_a_strong_block_is_the_best_of_all_pairs_of_groups():
     T[0, :2, 2:4] -= 5
     T[0, 2:4, :2] -= 5
     found, sets = (
-        motifs._and(T, 3),
+        motifs.GROUPED["and"](T, 3),
         [s for k in (1, 2, 3) for s in itertools.combinations(range(7), k)],
     )
     best = max(
@@ -131,15 +132,15 @@ def test_the_square_of_one_direction_has_no_group_motif():
     T = 2 * v[:, :, None] * v[:, None, :]
     T.diagonal(dim1=1, dim2=2).div_(2)
     for T_signed in (T, -T):
-        for score in motifs._GROUPED.values():
+        for score in motifs.GROUPED.values():
             assert (score(T_signed, 8).score <= 1e-12).all()
 
 
 def test_strongest_features_and_their_coefficients_are_those_of_the_dense_matrix(monkeypatch):
     B, readers, D = random_layer(dtype=torch.float64, n_in=50)
     M = B.matrix(readers[:3])
-    monkeypatch.setattr(motifs, "_NUMBERS", 50 * 3 * 16)  # several blocks of rows
-    found = motifs._strongest(M, D, 9)
+    monkeypatch.setattr(scoring, "NUMBERS", 50 * 3 * 16)  # several blocks of rows
+    found = scoring.strongest_features(M, D, 9)
     Q = D @ M @ D.T
     coefficient = 2 * Q - torch.diag_embed(Q.diagonal(dim1=1, dim2=2))
     assert found.features.tolist() == coefficient.abs().amax(-1).topk(9).indices.tolist()
@@ -174,7 +175,7 @@ def test_split_finds_the_two_factors_of_a_product(sign):
     left, right = torch.zeros(2, 8, dtype=torch.float64)
     left[:3], right[3:6] = torch.tensor([2.0, -1.0, 1.5]), sign * torch.tensor([1.0, 1.0, -2.0])
     Q = (left[:, None] * right + right[:, None] * left) / 2
-    side, weights = motifs.split(Q)
+    side, weights = split(Q)
     factors = torch.stack([torch.where(side == i, weights, 0) for i in (0, 1)])
     torch.testing.assert_close((factors[0][:, None] * factors[1] + factors[1][:, None] * factors[0]) / 2, Q)
     assert {tuple(side[:3].tolist()), tuple(side[3:6].tolist())} == {(0, 0, 0), (1, 1, 1)}
@@ -224,7 +225,7 @@ def test_null_weights_give_no_discoveries():
     assert sum(clean) >= 9
 
 
-@pytest.mark.parametrize("null", motifs.NULLS)
+@pytest.mark.parametrize("null", nulls.NULLS)
 def test_every_null_model_finds_the_strongest_and_gates(null):
     layer, truth = planted_layer(2, strength=20, n_out=32)
     n = 1280 if null == "signs" else 320  # the signs of a few coefficients are little evidence
@@ -261,9 +262,9 @@ def test_a_layer_with_biases_has_the_interactions_of_the_one_without():
 
 def draws(name, layer):
     B, readers, D = layer
-    task = motifs._Task(B, readers, D, ("and",), 16, 4)
+    task = scoring.Scoring(B, readers, D, ("and",), 16, 4)
     _, T = task.observe(True)
-    return next(iter(task._draws(name, 20, seeded(), T))), T
+    return next(iter(nulls.draws(task, name, 20, seeded(), T))), T
 
 
 def test_null_models_keep_what_they_promise():
@@ -277,7 +278,7 @@ def test_null_models_keep_what_they_promise():
     torch.testing.assert_close(flipped.abs(), T[:20].abs())
     torch.testing.assert_close(flipped, flipped.mT)
     assert 0.4 < (flipped == T[:20]).double().mean() < 0.6
-    untrained = motifs._untrained(B, seeded())
+    untrained = nulls.untrained(B, seeded())
     for name in ("down", "left", "right"):
         torch.testing.assert_close(getattr(untrained, name).norm(), getattr(B, name).norm())
     (random_M, same), _ = draws("readers", layer)
@@ -287,8 +288,8 @@ def test_null_models_keep_what_they_promise():
 
 def test_no_output_is_drawn_twice_from_one_rotation():
     B, readers, D = random_layer(n_out=10, dtype=torch.float64)
-    task = motifs._Task(B, readers, D, ("and",), 16, 4)
-    drawn = list(task._draws("rotation", 25, seeded(), D))
+    task = scoring.Scoring(B, readers, D, ("and",), 16, 4)
+    drawn = list(nulls.draws(task, "rotation", 25, seeded(), None))
     assert [len(M) for M, _ in drawn] == [10, 10, 5]
     assert (drawn[0][1] - drawn[1][1]).abs().max() > 0.1
 
@@ -312,7 +313,7 @@ def test_the_fitted_tail_is_close_and_rather_too_heavy(draw, survival):
     x = draw(torch.tensor([1e-3, 1e-4, 1e-5], dtype=torch.float64))[:, None]
     logs = []
     for seed in range(20):
-        null = motifs._fit("readers", ("and",), draw(torch.rand(2000, 1, generator=seeded(seed)).double()), 1, True)
+        null = nulls.fit("readers", ("and",), draw(torch.rand(2000, 1, generator=seeded(seed)).double()), 1, True)
         logs.append((null.p(x) / survival(x)).log10())
     error = torch.stack(logs).median(0).values
     assert (error > -0.4).all()
@@ -322,7 +323,7 @@ def test_the_fitted_tail_is_close_and_rather_too_heavy(draw, survival):
 def test_q_values_are_those_of_benjamini_and_hochberg():
     p = torch.tensor([[0.01, 0.04], [0.03, 0.9], [0.001, 0.05]], dtype=torch.float64)
     expected = torch.tensor([[0.03, 0.06], [0.06, 0.9], [0.006, 0.06]], dtype=torch.float64)
-    torch.testing.assert_close(motifs.benjamini_hochberg(p), expected)
+    torch.testing.assert_close(discovery.q_values(p), expected)
 
 
 def test_records_show_sizes_and_the_top_line():
@@ -357,7 +358,7 @@ def test_whatever_has_a_tensor_readers_and_writers_is_a_layer():
 
 def test_a_draw_is_measured_against_the_other_draws_of_its_output():
     draws = torch.randn(9, 4, 2, generator=seeded()).double()
-    scores, center, spread = motifs._standardized(draws)
+    scores, center, spread = nulls.standardized(draws)
     others = draws[[0, 1, 2, 4, 5, 6, 7, 8], 3, 1]
     expected = (draws[3, 3, 1] - others.mean()) / others.std()
     torch.testing.assert_close(scores.unflatten(0, (9, 4))[3, 3, 1], expected)

@@ -30,9 +30,16 @@ HOMES = {  # third parties that stay in one place
         *(f"models.{room}" for room in ("attention", "mlp", "layers", "transformer", "hooks", "generation")),
         "images.classifiers",
     },
-    "sae_lens": {"saes.stored"},
+    "sae_lens": {"saes.stored", "saes.fitting"},
     "huggingface_hub": {"models.sources", "saes.stored"},
-    "plotly": {"report.plots", "report.imageplots", "report.page"},
+    "plotly": {
+        "report.figures",
+        "report.plots",
+        "report.tensorplots",
+        "report.imageplots",
+        "report.parts",
+        "report.page",
+    },
 }
 
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 import bilens
-from bilens.circuits.paths import GROUPS, bigram_scores, bigrams, contrast, expand, virtual_input, virtual_tokens
+from bilens.circuits.bigrams import bigram_scores, bigrams, contrast
+from bilens.circuits.paths import GROUPS, expand
+from bilens.circuits.sources import attribute_sources
+from bilens.circuits.targets import Target
+from bilens.circuits.virtual import virtual_input, virtual_tokens
 from bilens.report import plots
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/fixtures/published-format"
@@ -166,7 +170,7 @@ def test_the_table_splits_a_logit_by_parts(model):
 
 def test_the_table_symmetrised_is_the_attribution_to_sources(hard):
     found = expand(hard, TEXTS).table(7)
-    sourced = bilens.circuits.attribution.attribute_sources(hard, TEXTS, 0, token=7).table
+    sourced = attribute_sources(hard, TEXTS, 0, Target.token(hard, 7)).table
     exactly(found.triu() + found.tril(-1).mT, sourced)
 
 
@@ -298,7 +302,7 @@ def test_bad_input_is_named(hard):
         (lambda: found.logits("mlp"), "group must be one of direct, head, .* got 'mlp'"),
         (lambda: found.table(-1), "token must lie between 0 and"),
         (lambda: expand(hard, "dog").shares(), "at least two positions, got 1"),
-        (lambda: expand(hard, ""), "text must hold a token besides BOS"),
+        (lambda: expand(hard, ""), "texts must hold at least one text that is not empty"),
         (lambda: expand(hard, TEXT, position=9), "position must lie between -5 and 4 in text 0, got 9"),
         (lambda: virtual.index("head 1.0", 3), "leg must be one of embedding, head 0.0, head 0.1, got 'head 1.0'"),
         (lambda: virtual.index("embedding", 10**6), "token must be the id of one of these 74 tokens, got 1000000"),

@@ -8,7 +8,7 @@ from torch import nn
 
 import bilens
 from bilens import BilinearTensor, check_quadratic, degree, recover_tensor
-from bilens.report import plots
+from bilens.report import tensorplots
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/fixtures/published-format"
 WIDTH = 7
@@ -210,6 +210,6 @@ def test_reprs_and_the_figure():
     assert repr(found["bilinear"]).startswith("Degree(2, residual ")
     assert repr(found["tanh"]).startswith("Degree(None: degree 6 leaves ")
     assert repr(degree(lambda x: 0 * x, WIDTH, generator=rng())) == "Degree(0, residual 0.0e+00)"
-    figure = plots.residuals(found)
+    figure = tensorplots.residuals(found)
     assert [trace.name for trace in figure.data] == ["bilinear", "tanh"]
     assert figure.data[0].y[2] < 1e-13 < figure.data[1].y[2]

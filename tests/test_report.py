@@ -1,5 +1,7 @@
 """The report in a real browser: it loads nothing, fits a phone, draws its figures, and can be clicked through."""
 
+import json
+import re
 import shutil
 from itertools import pairwise
 
@@ -26,8 +28,9 @@ def findings(lens):
     found = circuits.search(lens, generator=generator, n=200)
     first = found.found[0]
     circuit = circuits.Circuit(2, first.out, *_active_pair(lens, texts))
-    tested = circuits.test(lens, circuit, texts, generator=generator, n_pairs=5, n_directions=3, n_bootstrap=50)
-    return found, report.describe(lens, [first.out, 887], texts, found, [tested])
+    protocol = circuits.Protocol(n_pairs=5, n_directions=3, n_bootstrap=50)
+    tested = circuits.test(lens, circuit, texts, protocol, generator=generator)
+    return found, circuits.describe(lens, [first.out, 887], texts, found, [tested])
 
 
 def _active_pair(lens, texts):
@@ -54,7 +57,6 @@ def path(lens, findings, flips, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.html"
     options = {"discoveries": findings[0], "ranking": circuits.outliers(lens), "title": "A <title> & more"}
     options["strongest"] = bilens.top_interactions(lens.tensor, 10, out=lens.readers, inp=lens.writers)
-    options["negation"] = circuits.find_negation({2: lens})
     couplings, test = flips
     options |= {"couplings": couplings, "coupling_test": test}
     return report.write_report(out, lens, findings[1], generator=torch.Generator().manual_seed(0), **options)
@@ -151,9 +153,8 @@ def test_groups_are_named_and_tested(page, flips):
         strongest = group.features[group.weights.abs().argmax()].item()
         assert section.query_selector(f"a[href='#inp-{strongest}']") is not None
     assert f"at {len(test.measured)} positions" in text
-    data = report.couplings_to_json(found, test)
-    assert data["layers"][0]["q"] == pytest.approx(found.q[0].item())
-    assert data["test"]["correlation"] == test.correlation
+    assert found.to_dict()["layers"][0]["q"] == pytest.approx(found.q[0].item())
+    assert test.to_dict()["correlation"] == test.correlation
 
 
 def test_findings_hold_what_the_page_shows(lens, findings):
@@ -162,7 +163,22 @@ def test_findings_hold_what_the_page_shows(lens, findings):
     assert first.discoveries[0].out == first.feature
     assert first.tested is not None
     assert described[1].tested is None
-    data = report.to_json(lens, described)
+    data = json.loads(json.dumps([one.to_dict() for one in described], allow_nan=False))
     assert data[0]["motifs"][0]["q"] == found.found[0].q
+    assert [group["name"] for group in data[0]["motifs"][0]["groups"]] == list(first.names[0])
+    assert [pair["left"] for pair in data[0]["pairs"]] == first.pairs.left.tolist()
     assert data[0]["test"]["positions"] == first.tested.n_pair
+    assert data[1]["test"] is None
     assert str(first.feature) in repr(first)
+
+
+def test_a_report_needs_neither_cards_nor_text_that_activates(lens, tmp_path):
+    bare = circuits.FeatureLayer(lens.model, 2, lens.inp, lens.out)
+    described = circuits.describe(bare, [3], ["once"])
+    html = report.write_report(tmp_path / "bare.html", bare, described, note="a < b").read_text()
+    assert "Output feature 3: #3" in re.sub(r"\s+", " ", html)
+    assert "a &lt; b" in html
+    assert "No motif beyond the null models." in html
+    assert "The whole layer" not in html
+    assert "–" in html  # a correlation over fewer than three positions
+    assert [path.name for path in tmp_path.iterdir()] == ["bare.html"]

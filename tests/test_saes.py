@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bilens import saes
+from bilens.models.files import fingerprint
+from bilens.models.windows import Windows, observe
+from bilens.saes import Recipe, Tuning
 
 SCOPE = Path(__file__).parents[1] / "../shared/fixtures/published-format/bilinear-scope"
 HOOKS = ["blocks.0.hook_mlp_in", "blocks.1.hook_mlp_out"]
@@ -109,8 +112,8 @@ def test_readers_writers_and_offsets_say_what_the_sae_computes(rescale):
 
 
 def fit(model, windows, folder, **changes):
-    settings = {"expansion": 2, "k": 4, "tokens": 12_000, "batch": 100, "n_checkpoints": 4} | changes
-    return saes.fit(model, windows, HOOKS, folder=folder, **settings)
+    recipe = Recipe(**{"expansion": 2, "k": 4, "tokens": 12_000, "batch": 100} | changes)
+    return saes.fit(model, windows, HOOKS, folder, recipe, n_checkpoints=4)
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def test_a_killed_fit_resumes_to_the_same_weights(model, windows, fitted, tmp_pa
 
 
 def test_the_stream_gives_the_same_positions_at_every_hook_and_leaves_bos_and_padding_out(model):
-    rows = saes.to_rows(model, ["the cat sat on the mat", "once upon a time the dog ran"], length=8)
+    rows = Windows.of(model, ["the cat sat on the mat", "once upon a time the dog ran"], length=8)
     assert rows.counts.sum() == 6 + 7
     assert not rows.counts[:, 0].any()
     stream = saes.ActivationStream(model, rows, ["blocks.0.hook_resid_pre", "hook_embed"], 13, seed=0, chunk=9)
@@ -171,7 +174,7 @@ def test_the_stream_gives_the_same_positions_at_every_hook_and_leaves_bos_and_pa
 
 
 def test_the_stream_resumes_at_any_batch(model, windows):
-    stream = saes.ActivationStream(model, saes.to_rows(model, windows), HOOKS, 70, seed=3, chunk=16)
+    stream = saes.ActivationStream(model, Windows.of(model, windows), HOOKS, 70, seed=3, chunk=16)
     batches = stream()
     straight = [next(batches) for _ in range(20)]
     for first in (0, 1, 5, 19):
@@ -180,11 +183,11 @@ def test_the_stream_resumes_at_any_batch(model, windows):
 
 def test_fine_tuning_lowers_the_divergence_and_leaves_the_model_alone(model, windows, fitted):
     sae = fitted[0][HOOKS[1]]
-    before, weights = saes.evaluate(model, sae, windows), saes.fingerprint(model)
-    saes.finetune(model, sae, windows, tokens=16 * 8 * 60, windows=8, lr=3e-3, fvu_weight=0.0)
+    before, weights = saes.evaluate(model, sae, windows), fingerprint(model)
+    saes.finetune(model, sae, windows, tuning=Tuning(16 * 8 * 60, windows=8, lr=3e-3, fvu_weight=0.0))
     after = saes.evaluate(model, sae, windows)
     assert abs(after.loss_spliced - after.loss) < 0.8 * abs(before.loss_spliced - before.loss)
-    assert saes.fingerprint(model) == weights
+    assert fingerprint(model) == weights
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
 
@@ -220,9 +223,9 @@ def test_contexts_are_the_strongest_positions(model, fitted):
     hook = HOOKS[0]
     sae = fitted[0][hook]
     found = saes.contexts(model, sae, texts, n=3, batch=4)
-    rows = saes.to_rows(model, texts)
+    rows = Windows.of(model, texts)
     with torch.no_grad():
-        z = sae.encode(saes.activations(model, rows, [hook])[hook]).masked_fill(~rows.counts[..., None], 0)
+        z = sae.encode(observe(model, rows, [hook])[hook]).masked_fill(~rows.counts[..., None], 0)
     best = z.max(1).values.topk(3, dim=0).values.T
     torch.testing.assert_close(found.values[:, :, found.peak], best, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.density, (z > 0).float().sum((0, 1)) / rows.counts.sum())
@@ -236,11 +239,11 @@ def test_contexts_are_the_strongest_positions(model, fitted):
 @pytest.mark.usefixtures("unchecked")
 def test_errors_name_the_argument(model, windows, tmp_path):
     with pytest.raises(ValueError, match="hooks must be a list"):
-        saes.fit(model, windows, "blocks.0.hook_mlp_in", folder=tmp_path)
+        saes.fit(model, windows, "blocks.0.hook_mlp_in", tmp_path)
     with pytest.raises(ValueError, match="no hook point is named"):
-        saes.fit(model, windows, ["blocks.0.mlp_in"], folder=tmp_path)
+        saes.fit(model, windows, ["blocks.0.mlp_in"], tmp_path, Recipe(tokens=100, batch=100))
     with pytest.raises(ValueError, match="eval mode"):
-        saes.fit(model.train(), windows, HOOKS, folder=tmp_path)
+        saes.fit(model.train(), windows, HOOKS, tmp_path)
     with pytest.raises(ValueError, match="which must be"):
         saes.readers(None, "rows")
     with pytest.raises(FileNotFoundError, match="no SAE for"):

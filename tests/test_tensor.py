@@ -99,6 +99,42 @@ def test_the_cube_is_symmetric_and_acts_as_the_function(drawn):
     assert B.dense().shape == B.shape == (B.out, B.inp, B.inp)
 
 
+@given(tensors(), st.sampled_from([(), (3,), (2, 3), (0,)]))
+def test_polar_is_the_bilinear_form_of_differences(drawn, batch):
+    B, f, g = drawn
+    width = B.inp - B.constant
+    a, b = random(g, *batch, width), random(g, *batch, width)
+    form = cube(B)[:, :width, :width]
+    assert_close(B.polar(a, b), torch.einsum("oij,...i,...j->...o", form, a, b))
+    assert_close(B.polar(a, b), B.polar(b, a))
+    x = random(g, *batch, width)  # what is neither in a nor in b alone
+    assert_close(f(x + a + b) - f(x + a) - f(x + b) + f(x), 2 * B.polar(a, b))
+
+
+@given(tensors())
+def test_polar_broadcasts(drawn):
+    B, _, g = drawn
+    a, b = random(g, 3, 1, B.inp - B.constant), random(g, 1, 2, B.inp - B.constant)
+    assert_close(B.polar(a, b), B.polar(a.expand(3, 2, -1), b.expand(3, 2, -1)))
+
+
+@given(tensors())
+def test_without_constant_is_the_quadratic_part(drawn):
+    B, f, g = drawn
+    x = random(g, 4, B.inp - B.constant)
+    quadratic = B.without_constant()
+    assert not quadratic.constant
+    assert (quadratic is B) != B.constant
+    assert_close(quadratic.apply(x), (f(x) + f(-x)) / 2 - f(0 * x))
+    assert_close(quadratic.apply(x), B.polar(x, x))
+
+
+def test_polar_refuses_the_constant_coordinate():
+    B = BilinearTensor.from_weights(*torch.ones(3, 2, 2), left_bias=torch.ones(2))
+    with pytest.raises(ValueError, match=r"a must have 2 features on its last axis, got shape \[4, 3\]"):
+        B.polar(torch.ones(4, 3), torch.ones(4, 3))
+
+
 @given(tensors())
 def test_matrix_is_symmetric_and_its_quadratic_form_is_the_output(drawn):
     B, f, g = drawn

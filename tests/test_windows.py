@@ -202,7 +202,7 @@ def test_errors_name_what_it_was(model, make_model):
     windows = Windows.of(model, TEXTS)
     with pytest.raises(ValueError, match="hooks must be a list"):
         observe(model, windows, "hook_embed")
-    with pytest.raises(ValueError, match="no hook point is named 'blocks.0.mlp_in'"):
+    with pytest.raises(ValueError, match=r"no hook point is named 'blocks\.0\.mlp_in'"):
         observe(model, windows, ["blocks.0.mlp_in"])
     with pytest.raises(ValueError, match="or a hook point of a block, got 'blocks'"):
         observe(model, windows, ["blocks"])

@@ -10,22 +10,29 @@ weights answers whether their products drive an output direction, and null model
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from bilens.models.layers import RMSNorm
-from bilens.saes.stored import Rows, activations, to_rows, trim
+from bilens.models.logits import logit_directions
+from bilens.models.windows import Texts, Windows
+from bilens.tensor.statistics import pearson
 
-from .interventions import Effects, Windows, percentiles, product, without_pairs
-from .layer import ADJECTIVES, FeatureLayer
-from .motifs import Group, benjamini_hochberg
+from .discovery import q_values
+from .edits import product, without_pairs
+from .effects import Baseline, Effects, percentiles
+from .groups import Group
+from .layer import FeatureLayer
+from .records import plain
 
 COUPLING_NULLS = ("features", "weights")
 NEGATORS = ("not", "no", "never", "t", "nothing", "none", "nobody", "nor", "neither", "without", "hardly")
-_ROWS = 32
+ADJECTIVES = {
+    "positive": ("good", "great", "funny", "interesting", "beautiful", "entertaining", "convincing", "believable"),
+    "negative": ("bad", "boring", "terrible", "awful", "stupid", "predictable", "horrible", "ridiculous"),
+}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -54,14 +61,19 @@ class Coupling:
             f"z={self.z[best]:+.2f}, p={self.p[best]:.2g})"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the groups and all numbers, without the directions."""
+        names = ("layer", "outputs", "value", "z", "p", "n")
+        about = {name: getattr(self, name) for name in names}
+        return plain(about | {"left": self.left.to_dict(), "right": self.right.to_dict()})
+
 
 @torch.no_grad()
 def couple(
     lens: FeatureLayer,
     left: Group,
     right: Group,
-    directions: Float[Tensor, "out d_model"] | None = None,
-    names: Sequence[str] = (),
+    outputs: Mapping[str, Float[Tensor, " d_model"]] | None = None,
     *,
     generator: torch.Generator,
     null: Sequence[Literal["features", "weights"]] = COUPLING_NULLS,
@@ -83,8 +95,7 @@ def couple(
         lens: The layer.
         left: Input features with weights, e.g. negators.
         right: Other input features with weights, e.g. features of sentiment, positive and negative.
-        directions: Output directions; the readers of all output features if `None`.
-        names: Of the directions.
+        outputs: Output directions by name; the readers of all output features if `None`.
         generator: Source of the random numbers.
         null: Which null models.
         n: Draws of each; no p-value is below `1 / (n + 1)`.
@@ -94,16 +105,18 @@ def couple(
             the null model that deals them out, or an unknown null model.
     """
     _check_groups(lens, left, right, null)
-    if directions is None:
-        directions, names = lens.readers, [f"#{i}" for i in range(len(lens.readers))]
-    if len(names) != len(directions):
-        raise ValueError(f"names must name each of the {len(directions)} directions, got {len(names)}")
+    if outputs is None:
+        outputs = {f"#{i}": reader for i, reader in enumerate(lens.readers)}
+    if not outputs:
+        raise ValueError("outputs must hold at least one direction, got none")
+    directions = torch.stack(list(outputs.values())).to(lens.writers)
     a, b = (_unit_weights(group).to(lens.writers) for group in (left, right))
     against = _row(lens, directions, lens.writers[right.features].T @ b)  # [out, feature]
     value = against[:, left.features] @ a
+    each = _row(lens, directions, lens.writers[left.features].T @ a)[:, right.features]
     draws = {
-        "features": lambda: _other_features(lens, right, against, a, n, generator),
-        "weights": lambda: _other_weights(lens, directions, left, right, a, b, n, generator),
+        "features": lambda: _other_features(right, against, a, n, generator),
+        "weights": lambda: _other_weights(each, b, n, generator),
     }
     z, p = [], []
     for name in null:
@@ -114,7 +127,7 @@ def couple(
         p.append((1 + far.sum(1)).double() / (1 + n))
     z = torch.stack(z)
     least = z.gather(0, z.abs().argmin(0, keepdim=True))[0]
-    return Coupling(lens.layer, left, right, tuple(names), directions, value, least, torch.stack(p).amax(0), n)
+    return Coupling(lens.layer, left, right, tuple(outputs), directions, value, least, torch.stack(p).amax(0), n)
 
 
 def _unit_weights(group: Group) -> Float[Tensor, " k"]:
@@ -125,36 +138,26 @@ def _row(
     lens: FeatureLayer, directions: Float[Tensor, "out d_model"], x: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "out feature"]:
     """Return `d_iᵀ Q_o x` for every input feature i."""
-    B, d = lens.tensor, lens.writers
-    L, R = (factor[:, : d.shape[1]] for factor in (B.left, B.right))
-    both = (L @ x)[:, None] * R + (R @ x)[:, None] * L  # [hidden, d_model]
-    return (directions @ B.down) @ (both @ d.T) / 2
+    return directions @ lens.tensor.polar(lens.writers, x).T
 
 
 def _other_features(
-    lens: FeatureLayer, right: Group, against: Tensor, a: Tensor, n: int, generator: torch.Generator
+    right: Group, against: Float[Tensor, "out feature"], a: Float[Tensor, " k"], n: int, generator: torch.Generator
 ) -> Float[Tensor, "out draw"]:
     """Return what random features in place of the left group give."""
-    free = torch.ones(len(lens.writers), dtype=torch.bool)
+    n_features = against.shape[1]
+    free = torch.ones(n_features, dtype=torch.bool)
     free[right.features] = False
     pool = free.nonzero()[:, 0]
     picks = torch.stack([pool[torch.randperm(len(pool), generator=generator)[: len(a)]] for _ in range(n)])
-    weights = torch.zeros(n, len(lens.writers)).scatter_(1, picks, a.cpu().float().expand(n, -1))
+    weights = torch.zeros(n, n_features).scatter_(1, picks, a.cpu().float().expand(n, -1))
     return against @ weights.to(against).T
 
 
 def _other_weights(
-    lens: FeatureLayer,
-    directions: Tensor,
-    left: Group,
-    right: Group,
-    a: Tensor,
-    b: Tensor,
-    n: int,
-    generator: torch.Generator,
+    each: Float[Tensor, "out right"], b: Float[Tensor, " right"], n: int, generator: torch.Generator
 ) -> Float[Tensor, "out draw"]:
-    """Return what the right group gives with its weights dealt out anew."""
-    each = _row(lens, directions, lens.writers[left.features].T @ a)[:, right.features]
+    """Return what the right group gives with its weights dealt out anew, each feature alone giving so much."""
     dealt = torch.stack([b[torch.randperm(len(b), generator=generator)] for _ in range(n)])
     return each @ dealt.T
 
@@ -192,6 +195,15 @@ class NegationCouplings:
         )
         return f"NegationCouplings({each})"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers of each layer, and the features of its groups by their roles."""
+        layers = [
+            {"layer": one.layer, "value": one.value[0], "z": one.z[0], "p": one.p[0], "q": q}
+            | {group.role: group.features for group in (one.left, one.right)}
+            for one, q in zip(self.layers, self.q, strict=True)
+        ]
+        return plain({"layers": layers})
+
 
 def negation_couplings(
     lenses: Mapping[int, FeatureLayer],
@@ -208,7 +220,7 @@ def negation_couplings(
     The groups come from the feature cards of the input SAE, so from text alone: negators are the features with a
     negating word at or up to three tokens before their peaks (`FeatureCards.near`), sentiment the features whose AUROC
     for the label differs from one half, weighted by that difference (`FeatureCards.telling`). The output direction is
-    the mean unembedding of `circuits.ADJECTIVES`, positive less negative. The weights then say how both groups together
+    the mean unembedding of `ADJECTIVES`, positive less negative. The weights then say how both groups together
     act on it: negators flip sentiment if the value is negative.
 
     Args:
@@ -226,35 +238,32 @@ def negation_couplings(
     found = []
     for layer, lens in lenses.items():
         if lens.inp_cards is None:
-            raise ValueError(f"lenses must have feature cards (bilens.saes.cards.collect), layer {layer} has none")
+            raise ValueError(f"lenses must have feature cards (bilens.saes.collect), layer {layer} has none")
         negators = lens.inp_cards.near(words, share)
         feeling, weights = lens.inp_cards.telling(positive, tells)
         keep = ~torch.isin(feeling, negators)
         left = Group("negators", negators, torch.ones(len(negators)))
         right = Group("sentiment", feeling[keep], weights[keep])
-        direction = sentiment_direction(lens)[None]
-        found.append(couple(lens, left, right, direction, ["bad to good"], generator=generator, n=n))
-    return NegationCouplings(tuple(found), benjamini_hochberg(torch.cat([one.p for one in found])))
+        direction = {"bad to good": sentiment_direction(lens)}
+        found.append(couple(lens, left, right, direction, generator=generator, n=n))
+    return NegationCouplings(tuple(found), q_values(torch.cat([one.p for one in found])))
 
 
 def sentiment_direction(lens: FeatureLayer) -> Float[Tensor, " d_model"]:
-    """Return the residual direction from bad to good: mean unembedding of `ADJECTIVES`, positive less negative.
+    """Return the residual direction from bad to good: mean `logit_directions` of `ADJECTIVES`, positive less negative.
 
-    Words that are not one token of the model are left out; the final norm's gain is included.
+    Words that are not one token of the model are left out.
 
     Raises:
         ValueError: No word of either list is a single token.
     """
-    model = lens.model
     means = {}
     for name, words in ADJECTIVES.items():
-        ids = [i for word in words if (i := model.tokenizer.token_to_id(word)) is not None]
+        ids = [i for word in words if (i := lens.model.tokenizer.token_to_id(word)) is not None]
         if not ids:
             raise ValueError(f"the model's tokenizer must have a token for a word of {words}, it has none")
-        means[name] = model.W_U[:, ids].detach().mean(1)
-    gain = getattr(model.ln_final, "weight", None)
-    direction = means["positive"] - means["negative"]
-    return direction if gain is None else direction * gain.detach()
+        means[name] = logit_directions(lens.model, ids).to(lens.writers).mean(0)
+    return means["positive"] - means["negative"]
 
 
 # -- against the running model ----------------------------------------------------------------------------------------
@@ -284,7 +293,7 @@ class CouplingTest:
     @property
     def correlation(self) -> float:
         """Pearson correlation of predicted and measured change."""
-        return torch.corrcoef(torch.stack((self.predicted.double(), self.measured.double())))[0, 1].item()
+        return pearson(self.predicted, self.measured)
 
     @property
     def percentile(self) -> dict[str, float]:
@@ -305,12 +314,19 @@ class CouplingTest:
             f"controls: KL {p['kl']:.1f}, loss {p['loss']:.1f}; at equal strength {equal})"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return effect and ranks, without the positions."""
+        about = {"layer": self.coupling.layer, "output": self.output, "positions": len(self.measured)}
+        about |= {"correlation": self.correlation, "controls": len(self.scale)}
+        about |= {"effect": {name: value[0] for name, value in self.effect._asdict().items()}}
+        return plain(about | {"percentile": self.percentile, "percentile_rescaled": self.percentile_rescaled})
+
 
 @torch.no_grad()
 def test_coupling(
     lens: FeatureLayer,
     coupling: Coupling,
-    texts: Sequence[str] | Int[Tensor, "row seq"],
+    texts: Texts,
     *,
     generator: torch.Generator,
     output: int = 0,
@@ -336,19 +352,19 @@ def test_coupling(
     if not 0 <= output < len(coupling.outputs):
         raise ValueError(f"output must lie between 0 and {len(coupling.outputs) - 1}, got {output}")
     left, right = coupling.left.features.tolist(), coupling.right.features.tolist()
-    rows = to_rows(lens.model, texts)
-    together = torch.zeros_like(rows.counts)
-    for start in range(0, len(rows.tokens), _ROWS):
-        some = trim(Rows(*(part[start : start + _ROWS] for part in rows)))
-        z = lens.inp.encode(activations(lens.model, some, [lens.hook_in])[lens.hook_in].to(lens.writers))
-        both = (z[..., left] != 0).any(-1) & (z[..., right] != 0).any(-1)
-        together[start : start + _ROWS, : both.shape[1]] = (both & some.counts).cpu()
+    windows = Windows.of(lens.model, texts)
+
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        z = lens.codes(x)
+        return (z[:, left] != 0).any(1) & (z[:, right] != 0).any(1)
+
+    together = torch.zeros_like(windows.counts)
+    together[windows.counts] = lens.at_positions(windows, both)
     if not together.any():
-        raise ValueError(
-            f"texts must hold a position where both groups are active, none of {int(rows.counts.sum())} is"
-        )
+        n = int(windows.counts.sum())
+        raise ValueError(f"texts must hold a position where both groups are active, none of {n} is")
     direction = coupling.directions[output].to(lens.writers)
-    base = Windows.run(lens, direction, rows, together, max_windows)
+    base = Baseline.run(lens, direction, windows, together, max_windows)
     change = -product(lens, base.z, left, right)
     before, scale = _read(base)
     with without_pairs(lens, left, right, base.where):
@@ -359,23 +375,20 @@ def test_coupling(
     sizes = torch.stack([one.norm() for one in changes]) / change.norm()
     rescaled = (one / size for one, size in zip(changes, sizes, strict=True))
     effects = base.effects([change]), base.effects(changes), base.effects(rescaled)
-    n_windows, n_all = len(base.rows.tokens), int(together.sum())
+    n_windows, n_all = len(base.windows), int(together.sum())
     name = coupling.outputs[output]
     return CouplingTest(coupling, name, predicted, after - before, *effects, sizes, n_windows, n_all)
 
 
-def _read(base: Windows) -> tuple[Float[Tensor, " position"], Float[Tensor, " position"]]:
+def _read(base: Baseline) -> tuple[Float[Tensor, " position"], Float[Tensor, " position"]]:
     """Return `direction · final residual / rms` and `1 / rms`, by running the model from the layer on."""
-    model = base.lens.model
-    start = {"start_at_layer": base.lens.layer, "stop_at_layer": model.cfg.n_layers}
-    resid = model(base.resid, attention_mask=base.rows.attend, **start)[base.where]
-    normed = isinstance(model.ln_final, RMSNorm)
-    scale = (resid.pow(2).mean(1) + model.ln_final.eps).rsqrt() if normed else resid.new_ones(len(resid))
+    resid = base.rerun()[0][base.where].to(base.reader)
+    scale = 1 / base.lens.model.ln_final.rms(resid)[:, 0]
     return (resid @ base.reader) * scale, scale
 
 
 def _control_groups(
-    base: Windows, left: Sequence[int], right: Sequence[int], n: int, generator: torch.Generator
+    base: Baseline, left: Sequence[int], right: Sequence[int], n: int, generator: torch.Generator
 ) -> list[list[int]]:
     """Draw groups as large as the left one from the other features that are active at a hundredth of the positions."""
     often = (base.z != 0).double().mean(0) >= 0.01

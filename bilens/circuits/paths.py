@@ -1,21 +1,19 @@
 """The paths of a transformer's last layer, from embedding or heads through the bilinear MLP to the logits, exactly."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.models.layers import RMSNorm
-from bilens.models.transformer import BilinearTransformer, Text
+from bilens.models.text import Text
+from bilens.models.transformer import BilinearTransformer
 from bilens.tensor.bilinear import BilinearTensor
 
-from .attribution import Places, locate, logit_direction, norm_parts, split_residual, with_unit
-
-_POSITIONS = 256  # whose hidden units and logits are held at a time
+from .places import Places, locate
+from .sources import split_residual
+from .terms import in_pieces, with_unit
 
 Group = Literal["direct", "head", "direct × direct", "head × direct", "direct × head", "head × head", "bias"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -82,7 +80,7 @@ class Paths:
         if not 0 <= token < self.W_U.shape[1]:
             raise ValueError(f"token must lie between 0 and {self.W_U.shape[1] - 1}, got {token}")
         tables = []
-        for some in torch.arange(len(self.factor), device=self.factor.device).split(_POSITIONS):
+        for some in in_pieces(self.factor):
             weight = (self.factor[some] * self.W_U[:, token]) @ self.tensor.down
             left, right = (self.entering[some] @ side.T for side in (self.tensor.left, self.tensor.right))
             tables.append((left * weight[:, None]) @ right.mT)
@@ -151,15 +149,15 @@ def expand(
         )
     tensor = model.blocks[last].mlp.tensor().detach().to(torch.float64)
     hook = f"blocks.{last}.hook_resid_post"
-    came, found = split_residual(model, locate(model, text, position), last, {hook})
+    came, found = split_residual(model, locate(model, text, position), last, [hook])
     n_heads = model.cfg.n_heads
     bias = model.blocks[last].attn.b_O.detach().double().expand_as(came.values[:, :1])
     direct, heads = came.values[:, :-n_heads].sum(1, keepdim=True) - bias, came.values[:, -n_heads:]
     entering = with_unit(torch.cat((bias, direct, heads), 1), came.factor, came.shift)
     entering = entering if tensor.constant else entering[..., :-1]
-    through = torch.cat([_through_mlp(tensor, some) for some in entering.split(_POSITIONS)], 1)
+    through = torch.cat([_through_mlp(tensor, entering[some]) for some in in_pieces(entering)], 1)
     through[-1] += bias[:, 0]
-    factor, shift = norm_parts(model.ln_final, found[hook])
+    factor, shift = model.ln_final.linear(found[hook])
     return Paths(
         layer=last,
         places=came.places,
@@ -183,247 +181,3 @@ def _through_mlp(
     biased = bias * (bias_r + direct_r + head_r) + (direct + head) * bias_r
     hidden = torch.stack((direct * direct_r, head * direct_r, direct * head_r, head * head_r, biased))
     return hidden @ tensor.down.T
-
-
-# -- virtual tokens ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class VirtualTokens:
-    """The first MLP as a tensor over virtual tokens: each token's embedding, and what each head makes of it.
-
-    Input legs are those of `legs`, each with all of `tokens`: embedding, then heads. If the first norm has a shift,
-    what each head makes of that follows, one input per head; the constant is last, if the tensor has one.
-    """
-
-    tensor: BilinearTensor
-    writers: Float[Tensor, "virtual d_model"]  # what one unit of each input is at the MLP's input
-    legs: tuple[str, ...]
-    tokens: Int[Tensor, " token"]  # ids
-    words: tuple[str, ...]
-
-    def index(self, leg: str, token: int) -> int:
-        """Return the input that stands for a token, by its id, in a leg.
-
-        Raises:
-            ValueError: No such leg or token.
-        """
-        if leg not in self.legs:
-            raise ValueError(f"leg must be one of {', '.join(self.legs)}, got {leg!r}")
-        place = (self.tokens == token).nonzero().flatten().tolist()
-        if not place:
-            raise ValueError(f"token must be the id of one of these {len(self.words)} tokens, got {token}")
-        return self.legs.index(leg) * len(self.words) + place[0]
-
-    def name(self, index: int) -> str:
-        """Return leg and token of an input: `"head 0.1 of 'girl'"`.
-
-        Raises:
-            ValueError: No such input.
-        """
-        if not 0 <= index < self.tensor.inp:
-            raise ValueError(f"index must lie between 0 and {self.tensor.inp - 1}, got {index}")
-        if index >= len(self.writers):
-            return "constant"
-        leg, place = divmod(index, len(self.words))
-        if index >= len(self.legs) * len(self.words):
-            return f"{self.legs[1 + index - len(self.legs) * len(self.words)]} of the norm's shift"
-        return f"{self.legs[leg]} of {self.words[place]!r}"
-
-    def nearest(self, direction: Float[Tensor, " d_model"], k: int = 10) -> list[tuple[str, float]]:
-        """Return the virtual tokens whose cosine with a direction at the MLP's input is largest in size.
-
-        Args:
-            direction: For example an eigenvector of the layer (of a layer with biases, without its last entry).
-            k: How many.
-
-        Raises:
-            ValueError: A direction of another width.
-        """
-        if direction.shape != self.writers.shape[1:]:
-            raise ValueError(f"direction must have shape {list(self.writers.shape[1:])}, got {list(direction.shape)}")
-        cosines = F.normalize(self.writers, dim=1) @ F.normalize(direction.to(self.writers), dim=0)
-        best = cosines.abs().topk(min(k, len(cosines))).indices
-        return [(self.name(i), value) for i, value in zip(best.tolist(), cosines[best].tolist(), strict=True)]
-
-    def __repr__(self) -> str:
-        return f"VirtualTokens({len(self.words)} tokens in {len(self.legs)} legs; {self.tensor!r})"
-
-
-@torch.no_grad()
-def virtual_tokens(
-    model: BilinearTransformer,
-    out: Float[Tensor, "n_out d_model"] | None = None,
-    tokens: Int[Tensor, " token"] | None = None,
-) -> VirtualTokens:
-    """Return the first layer's MLP over virtual tokens, `E` and `E W_V W_O` of each head (2305.03452, path expansion).
-
-    The inputs of a prompt are in `virtual_input`: `tensor.apply` of them is what the MLP writes, read by `out`. The
-    gains of both norms are in the writers, their root mean squares in the inputs. Kept in factors: of the pairs of
-    virtual tokens, `((heads + 1) · vocab)²` for each output, none is computed before `tensor.matrix` or
-    `top_interactions` asks for it; for the latter, choose some hundred `tokens`.
-
-    Cost: `hidden · (heads + 1) · vocab` numbers, twice.
-
-    Args:
-        model: The model; its first MLP must be bilinear.
-        out: Readers of what the MLP writes; the tokens' logit directions if `None`. In a model of one layer those give
-            the MLP's part of the logits, times the root mean square of the last residual stream.
-        tokens: Ids of the tokens to take; the vocabulary if `None`.
-
-    Raises:
-        ValueError: `out` of another width, a token outside the vocabulary, or attention biases, which belong to no
-            token.
-        TypeError: The layer is not bilinear.
-    """
-    if any(model.cfg.attention.bias):
-        raise ValueError(
-            f"model must have no attention biases, which belong to no token, got {model.cfg.attention.bias}"
-        )
-    tokens = torch.arange(model.cfg.d_vocab) if tokens is None else _checked_tokens(model, tokens)
-    block, E = model.blocks[0], model.W_E.detach()[tokens.to(model.W_E.device)]
-    W_OV = block.attn.W_V.detach() @ block.attn.W_O.detach()
-    (gain_1, shift_1), (gain_2, shift_2) = _gain(block.ln1, E), _gain(block.ln2, E)
-    writers = torch.cat((E[None], (E * gain_1) @ W_OV)).flatten(0, 1)
-    if shift_1.any():
-        writers = torch.cat((writers, shift_1 @ W_OV))
-    writers = writers * gain_2
-    out = model.W_U.detach().T * _gain(model.ln_final, E)[0] if out is None else out
-    tensor = block.mlp.tensor().detach().project(out, writers, inp_bias=shift_2 if shift_2.any() else None)
-    legs = ("embedding", *(f"head 0.{head}" for head in range(model.cfg.n_heads)))
-    return VirtualTokens(tensor, writers, legs, tokens, tuple(_word(model, token) for token in tokens.tolist()))
-
-
-@torch.no_grad()
-def virtual_input(
-    model: BilinearTransformer, text: Text | Int[Tensor, "text seq"] | Int[Tensor, " seq"], position: int = -1
-) -> Float[Tensor, "text virtual"]:
-    """Return how much of each virtual token, of the whole vocabulary, enters the first MLP at one position of a text.
-
-    `1 / rms_2` of the position's own token in the embedding leg, and `pattern[position, s] / (rms_1(s) rms_2)` of the
-    token at s in a head's leg. Cost: `(heads + 1) · vocab` numbers per text.
-
-    Args:
-        model: The model.
-        text: As for `expand`.
-        position: As for `expand`.
-
-    Raises:
-        ValueError: No text, or no such position.
-    """
-    places, block = locate(model, text, position), model.blocks[0]
-    scales = [f"blocks.0.{name}.hook_scale" for name in ("ln1", "ln2") if isinstance(getattr(block, name), RMSNorm)]
-    pattern = "blocks.0.attn.hook_pattern"
-    _, cache = model.run_with_cache(
-        places.tokens, attention_mask=places.attend, names_filter=[pattern, *scales], stop_at_layer=1
-    )
-    weight = cache[pattern][places.row, :, places.position].masked_fill(~places.attend[:, None], 0)  # text head key
-    one = torch.ones_like(places.tokens, dtype=weight.dtype)
-    rms_1, rms_2 = (cache[name][..., 0] for name in scales) if scales else (one, one)
-    own = rms_2[places.row, places.position]
-    n_vocab, n_heads = model.cfg.d_vocab, model.cfg.n_heads
-    z = weight.new_zeros(len(weight), 1 + n_heads, n_vocab)
-    z[:, 0].scatter_(1, places.tokens[places.row, places.position][:, None], 1)
-    keys = places.tokens[places.row, None].expand(-1, n_heads, -1)
-    z[:, 1:].scatter_add_(2, keys, weight / rms_1[places.row, None])
-    shifted = _gain(block.ln1, model.W_E)[1].any()
-    z = torch.cat((z.flatten(1), weight.sum(2)), 1) if shifted else z.flatten(1)
-    return z / own[:, None]
-
-
-def _gain(norm: torch.nn.Module, like: Tensor) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-    """Return gain and shift of a norm, one and zero where it has none."""
-    weight, bias = (norm.weight, norm.bias) if isinstance(norm, RMSNorm) else (None, None)
-    one, zero = like.new_ones(like.shape[1]), like.new_zeros(like.shape[1])
-    return one if weight is None else weight.detach(), zero if bias is None else bias.detach()
-
-
-# -- unembedding, layer, embedding ------------------------------------------------------------------------------------
-
-
-class Bigram(NamedTuple):
-    """A token that follows, and its logit."""
-
-    token: str
-    score: float
-
-
-@torch.no_grad()
-def bigram_scores(
-    model: BilinearTransformer, tokens: Int[Tensor, " token"], layer: int = 0
-) -> Float[Tensor, "token vocab"]:
-    """Return the diagonal of unembedding, layer and embedding: what each token alone predicts without attention.
-
-    `score(in -> out) = Σ_h (U_out·down_h)(left_h·e_in)(right_h·e_in) + U_out·e_in` (2406.03947, language part). A model
-    with norms has them here too, each measured on what it then sees: the scores are the model's logits with attention
-    and the other layers switched off.
-
-    Cost: `tokens · (hidden · d_model + d_model · vocab)`.
-
-    Args:
-        model: The model.
-        tokens: Ids of the tokens that are read.
-        layer: Which MLP.
-
-    Raises:
-        ValueError: No such layer, no tokens, or one outside the vocabulary.
-        TypeError: The layer is not bilinear.
-    """
-    if not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(f"layer must lie between 0 and {model.cfg.n_layers - 1}, got {layer}")
-    block, embedded = model.blocks[layer], model.embed(_checked_tokens(model, tokens).to(model.W_E.device))
-    return model.unembed(model.ln_final(embedded + block.mlp.tensor().apply(block.ln2(embedded))))
-
-
-def bigrams(model: BilinearTransformer, token: str | int, k: int = 10, layer: int = 0) -> list[Bigram]:
-    """Return the k tokens that a token predicts most by itself, strongest first: see `bigram_scores`.
-
-    Args:
-        model: The model.
-        token: As text or id.
-        k: How many.
-        layer: Which MLP.
-
-    Raises:
-        ValueError: A text that is not one token, no such layer, or `k` below 1.
-    """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    index = model.to_single_token(token) if isinstance(token, str) else token
-    best = bigram_scores(model, torch.tensor([index]), layer)[0].topk(min(k, model.cfg.d_vocab))
-    return [
-        Bigram(_word(model, i), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-def contrast(model: BilinearTransformer, token: str | int, others: Sequence[str | int]) -> Float[Tensor, " d_model"]:
-    """Return the output direction of one token against the mean of others: "swim" minus run, climb, eat, ...
-
-    What the tokens have in common, as being verbs, drops out (2406.03947, language part). Eigenvectors of the layer
-    for it are named by `virtual_tokens(model).nearest`, and the pairs of virtual tokens that tell "swim" apart are
-
-        direction = contrast(model, "swim", ["run", "climb", "eat", "see", "walk", "fly", "sit", "sleep"])
-        virtual = virtual_tokens(model, direction[None], tokens=frequent)
-        pairs = bilens.top_interactions(virtual.tensor, 10)  # virtual.name(pairs.left[0].item()), ...
-
-    Args:
-        model: The model.
-        token: As text or id.
-        others: The same, at least one.
-
-    Raises:
-        ValueError: No others, or a text that is not one token.
-    """
-    if not others:
-        raise ValueError("others must hold at least one token, got none")
-    return logit_direction(model, token) - torch.stack([logit_direction(model, other) for other in others]).mean(0)
-
-
-def _checked_tokens(model: BilinearTransformer, tokens: Int[Tensor, " token"]) -> Int[Tensor, " token"]:
-    if not len(tokens) or not 0 <= tokens.min() <= tokens.max() < model.cfg.d_vocab:
-        raise ValueError(f"tokens must hold ids from 0 to {model.cfg.d_vocab - 1}, got {tokens.tolist()}")
-    return tokens
-
-
-def _word(model: BilinearTransformer, token: int) -> str:
-    return str(token) if model.tokenizer is None else (model.tokenizer.id_to_token(token) or str(token))

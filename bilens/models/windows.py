@@ -46,8 +46,8 @@ class Windows:
             length: Tokens per window of text, BOS included; at most, and by default, the model's context.
 
         Raises:
-            ValueError: No text; something that is not a text, by its number; texts for a model without a tokenizer; a
-                length out of range; token ids that are outside the vocabulary or exceed the context.
+            ValueError: No text at all; something that is not a text, by its number; texts for a model without a
+                tokenizer; a length out of range; token ids that are outside the vocabulary or exceed the context.
         """
         rows = _rows(texts)
         first = next((row for row in rows if row is not None), None)
@@ -122,8 +122,11 @@ def _of_ids(model: BilinearTransformer, rows: Sequence[Any], length: int | None)
     text = (there & ~torch.isin(tokens, pads)).flip(1).cummax(1).values.flip(1)  # up to the last that is no padding
     attend = text.clone()
     attend[:, 0] = True  # a window of padding alone still has a token to run on
-    marked = model.tokenizer is not None and model.has_bos
-    return Windows(tokens, attend, text & (tokens != model.bos_id) if marked else text, torch.arange(len(ids)).to(pads))
+    if model.tokenizer is not None and model.has_bos:
+        text &= tokens != model.bos_id
+    if not text.any():
+        raise ValueError("texts must hold at least one token besides BOS and padding, got none")
+    return Windows(tokens, attend, text, torch.arange(len(ids), device=tokens.device))
 
 
 def _ids(row: Any, index: int) -> Int[Tensor, " seq"]:
@@ -160,6 +163,12 @@ def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | Non
     counts = attend.clone()
     counts[:, :first] = False
     return Windows(tokens, attend, counts, torch.tensor(of, device=tokens.device))
+
+
+def holds_text(model: BilinearTransformer, text: str) -> bool:
+    """Tell whether a text has a token, so that `Windows.of` finds a window in it."""
+    first, ids = int(model.has_bos), model.tokenizer.encode(text, add_special_tokens=False).ids
+    return bool(ids[first:] if first and ids[:1] == [model.bos_id] else ids)
 
 
 def _text(row: Any, index: int) -> str:

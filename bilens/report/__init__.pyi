@@ -1,7 +1,6 @@
+from . import figures as figures
+from . import graph as graph
 from . import imageplots as imageplots
 from . import plots as plots
-from .page import Finding as Finding
-from .page import couplings_to_json as couplings_to_json
-from .page import describe as describe
-from .page import to_json as to_json
+from . import tensorplots as tensorplots
 from .page import write_report as write_report

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilens.images.adversarial import Attack
 from bilens.images.reading import ClassEigen, Explanation, Similarity, Truncation
 
-from .plots import DIVERGING, INK, NEGATIVE, POSITIVE, _figure, _rounded
+from .figures import DIVERGING, INK, NEGATIVE, POSITIVE, draw, rounded
 
 PALETTE = (POSITIVE, NEGATIVE, "#047857", "#7c3aed", "#b45309", "#0e7490")
 
@@ -50,7 +50,7 @@ def image_grid(
         showscale=False,
     )
     size = {"width": 100 + 60 * columns, "height": 110 + 60 * rows * height // width}
-    figure = _figure(trace, title=title, **size)
+    figure = draw(trace, title=title, **size)
     middles = [[place * (step + 1) + step / 2 for place in range(n)] for step, n in ((width, columns), (height, rows))]
     figure.update_xaxes(tickvals=middles[0], ticktext=list(column_names), side="top", showgrid=False, zeroline=False)
     figure.update_yaxes(tickvals=middles[1], ticktext=list(row_names), autorange="reversed", showgrid=False)
@@ -73,14 +73,14 @@ def class_eigenvectors(full: ClassEigen, names: Sequence[str], n: int = 3, title
 def _line(x: Sequence[int | float], y: Tensor, name: str, color: str | None = None, dash: str = "solid") -> go.Scatter:
     hover = f"{name}, %{{x}}: %{{y:.4g}}<extra></extra>"
     line = {"dash": dash} if color is None else {"dash": dash, "color": color}
-    return go.Scatter(x=list(x), y=_rounded(y), name=name, mode="lines", line=line, hovertemplate=hover)
+    return go.Scatter(x=list(x), y=rounded(y), name=name, mode="lines", line=line, hovertemplate=hover)
 
 
 def class_spectra(full: ClassEigen, names: Sequence[str]) -> go.Figure:
     """Plot the eigenvalues of every class by rank, most positive first (2410.08417, figure 3)."""
     ranks = range(1, full.values.shape[1] + 1)
     rows = full.values.sort(1, descending=True).values
-    figure = _figure(*(_line(ranks, row, name) for row, name in zip(rows, names, strict=True)), title="Spectra")
+    figure = draw(*(_line(ranks, row, name) for row, name in zip(rows, names, strict=True)), title="Spectra")
     figure.update_layout(showlegend=True, xaxis_title="rank by value", yaxis_title="eigenvalue λ")
     return figure
 
@@ -93,7 +93,7 @@ def truncation(curves: Mapping[str, Truncation]) -> go.Figure:
         k = curve.k.tolist()
         traces.append(_line(k, 1 - curve.accuracy, name, color))
         traces.append(_line([k[0], k[-1]], torch.full((2,), 1 - curve.full), f"{name}, all", color, "dot"))
-    figure = _figure(*traces, title="Error with k eigenvectors of each class", xaxis_title="k")
+    figure = draw(*traces, title="Error with k eigenvectors of each class", xaxis_title="k")
     figure.update_yaxes(type="log", dtick=1, title="error on test images")
     figure.update_layout(showlegend=True)
     return figure
@@ -105,9 +105,9 @@ def similarity(found: Mapping[str, Similarity], title: str = "Similarity across 
     for place, (name, one) in enumerate(found.items()):
         low, high = one.interval()
         line = _line(range(1, len(one.mean) + 1), one.mean, name, PALETTE[place % len(PALETTE)])
-        bars = {"type": "data", "array": _rounded(high - one.mean), "arrayminus": _rounded(one.mean - low), "width": 3}
+        bars = {"type": "data", "array": rounded(high - one.mean), "arrayminus": rounded(one.mean - low), "width": 3}
         traces.append(line.update(mode="lines+markers", error_y=bars))
-    figure = _figure(*traces, title=title, xaxis_title="rank", yaxis_title="|cosine|")
+    figure = draw(*traces, title=title, xaxis_title="rank", yaxis_title="|cosine|")
     figure.update_layout(showlegend=True)
     figure.update_yaxes(range=[0, 1])
     return figure
@@ -123,8 +123,8 @@ def explanation(found: Explanation, names: Sequence[str], classes: int = 3, n: i
         hover = f"{names[label]}: %{{y:+.3f}}<extra></extra>"
         color = PALETTE[place % len(PALETTE)]
         ranks = list(range(1, len(parts) + 1))
-        traces.append(go.Bar(x=ranks, y=_rounded(parts), name=name, marker_color=color, hovertemplate=hover))
-    figure = _figure(*traces, title=f"What adds to each logit: the {n} strongest eigenvectors", width=720)
+        traces.append(go.Bar(x=ranks, y=rounded(parts), name=name, marker_color=color, hovertemplate=hover))
+    figure = draw(*traces, title=f"What adds to each logit: the {n} strongest eigenvectors", width=720)
     figure.update_layout(showlegend=True, xaxis_title="rank by value", yaxis_title="λ (v·x)²")
     return figure
 
@@ -168,7 +168,7 @@ def attack(
         y = [pair[place] for pair in published.values()]
         marker = {"color": color, "symbol": "circle-open", "size": 8}
         traces.append(go.Scatter(x=list(published), y=y, name=f"{name}, published", mode="markers", marker=marker))
-    figure = _figure(*traces, title="Masks on held-out images", width=680, xaxis_title="strength", yaxis_title="share")
+    figure = draw(*traces, title="Masks on held-out images", width=680, xaxis_title="strength", yaxis_title="share")
     figure.update_layout(showlegend=True)
     return figure
 
@@ -179,9 +179,9 @@ def grid(values: Float[Tensor, "rows columns"], rows: Sequence[str], columns: Se
         raise ValueError(f"values must be {len(rows)}x{len(columns)}, got {list(values.shape)}")
     text = [[f"{value:.3g}" for value in row] for row in values.tolist()]
     shades = [[0, "#ffffff"], [1, POSITIVE]]
-    trace = go.Heatmap(z=list(map(_rounded, values)), x=list(columns), y=list(rows), text=text, texttemplate="%{text}")
+    trace = go.Heatmap(z=list(map(rounded, values)), x=list(columns), y=list(rows), text=text, texttemplate="%{text}")
     trace.update(colorscale=shades, showscale=False, hovertemplate="%{y}, %{x}: %{text}<extra></extra>")
-    figure = _figure(trace, title=title)
+    figure = draw(trace, title=title)
     figure.update_xaxes(type="category")
     figure.update_yaxes(type="category")
     return figure

@@ -6,4 +6,5 @@ from . import factorizations as factorizations
 from . import interactions as interactions
 from . import polynomials as polynomials
 from . import spectra as spectra
+from . import statistics as statistics
 from . import toys as toys

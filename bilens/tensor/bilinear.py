@@ -107,6 +107,33 @@ class BilinearTensor:
         x = homogeneous(x, self)
         return (x @ self.left.T * (x @ self.right.T)) @ self.down.T
 
+    def polar(self, a: Float[Tensor, "*#batch inp"], b: Float[Tensor, "*#batch inp"]) -> Float[Tensor, "... out"]:
+        """Evaluate the symmetric bilinear form, `B(a, b)_o = Σ_ij B[o,i,j] a_i b_j` (2410.08417, section 3).
+
+        Two inputs interact by `2 B(a, b)`, and a layer without biases has `apply(x) = B(x, x)`. Arguments are
+        differences of inputs, such as what two features write: the constant cancels in a difference, so the constant
+        leg counts 0.
+
+        Args:
+            a: Differences of inputs, without the constant coordinate.
+            b: As many others, or one of each axis for all.
+        """
+        B = self.without_constant()
+        for name, x in (("a", a), ("b", b)):
+            if x.shape[-1] != B.inp:
+                raise ValueError(f"{name} must have {B.inp} features on its last axis, got shape {list(x.shape)}")
+        straight, crossed = (a @ B.left.T) * (b @ B.right.T), (b @ B.left.T) * (a @ B.right.T)
+        return (straight + crossed) @ B.down.T / 2
+
+    def without_constant(self) -> "BilinearTensor":
+        """Return the purely quadratic part: the same tensor without the constant leg, if it has one.
+
+        What the constant leg adds is linear or constant in the input, so it is no interaction of two inputs.
+        """
+        if not self.constant:
+            return self
+        return replace(self, left=self.left[:, :-1], right=self.right[:, :-1], constant=False)
+
     def matrix(self, u: Float[Tensor, "*n out"]) -> Float[Tensor, "*n inp inp"]:
         """Return the interaction matrix of an output direction, symmetrised: `u·y = xᵀ Q x`.
 

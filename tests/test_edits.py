@@ -8,9 +8,8 @@ from test_circuits import random_sae
 
 import bilens.models.checkpoints as checkpoints
 from bilens import circuits
-from bilens.circuits import FeatureLayer, interventions, layer
-from bilens.circuits.interventions import Circuit
-from bilens.saes import activations, to_rows
+from bilens.circuits import Circuit, FeatureLayer, Protocol, controls, edits, effects, removal, steering
+from bilens.models.windows import Windows, observe
 
 TEXTS = [
     "the cat sat on the mat.",
@@ -38,7 +37,7 @@ def circuit(lens):
     active = (lens.inp.encode(x) != 0).double()
     together = (active.T @ active).triu(1)
     left, right = (int(i) for i in torch.unravel_index(together.argmax(), together.shape))
-    feature = (lens.readers @ interventions.interaction(lens, left, right)).abs().argmax()
+    feature = (lens.readers @ edits.interaction(lens, left, right)).abs().argmax()
     return Circuit(LAYER, int(feature), left, right)
 
 
@@ -49,8 +48,14 @@ def generator():
 
 def inputs_and_outputs(lens):
     """What enters and leaves the MLP, `[row, seq, d_model]`, under whatever hooks there are."""
-    found = activations(lens.model, to_rows(lens.model, TEXTS), [lens.hook_in, lens.hook_out])
+    found = observe(lens.model, Windows.of(lens.model, TEXTS), [lens.hook_in, lens.hook_out])
     return found[lens.hook_in], found[lens.hook_out]
+
+
+def at_positions(lens, texts):
+    """The same at every position of text, `[position, d_model]`."""
+    both = lens.at_positions(Windows.of(lens.model, texts), lambda x, y: torch.stack((x, y), 1))
+    return both.unbind(1)
 
 
 def extended(lens, x):
@@ -63,7 +68,7 @@ def extended(lens, x):
 def test_an_input_feature_goes_and_the_error_stays(lens, circuit):
     x, _ = inputs_and_outputs(lens)
     z = lens.inp.encode(x)
-    with interventions.without_feature(lens, circuit.left):
+    with edits.without_feature(lens, circuit.left):
         x_after, y_after = inputs_and_outputs(lens)
     torch.testing.assert_close(x_after, x - z[..., [circuit.left]] * lens.writers[circuit.left])
     torch.testing.assert_close(y_after, lens.tensor.apply(x_after))
@@ -75,7 +80,7 @@ def test_without_a_pair_either_feature_alone_acts_as_before(lens, circuit):
     x, y = inputs_and_outputs(lens)
     i, j = circuit.left, circuit.right
     z, d = lens.inp.encode(x), lens.writers
-    with interventions.without_pair(lens, i, j):
+    with edits.without_pair(lens, i, j):
         x_after, y_after = inputs_and_outputs(lens)
     torch.testing.assert_close(x_after, x)
     one, other = z[..., [i]] * d[i], z[..., [j]] * d[j]
@@ -90,14 +95,14 @@ def test_the_interaction_is_the_dense_tensor_applied_to_both(lens):
     if lens.tensor.constant:
         d[:, -1] = 0
     expected = torch.einsum("oij, i, j -> o", lens.tensor.dense(), d[3], d[8])
-    torch.testing.assert_close(interventions.interaction(lens, 3, 8), expected)
+    torch.testing.assert_close(edits.interaction(lens, 3, 8), expected)
 
 
 @pytest.mark.parametrize("index", [0, 2])
 def test_an_eigenvector_is_taken_out_of_its_feature_alone(lens, index):
     x, y = inputs_and_outputs(lens)
-    top = circuits.top_eigen(lens, 5)
-    with interventions.without_eigenvector(lens, 5, index):
+    top = lens.eigen(5)
+    with edits.without_eigenvector(lens, 5, index):
         _, y_after = inputs_and_outputs(lens)
     reader = lens.readers[5]
     share = top.values[index] * (extended(lens, x) @ top.vectors[index]).pow(2)
@@ -109,7 +114,7 @@ def test_an_eigenvector_is_taken_out_of_its_feature_alone(lens, index):
 @pytest.mark.parametrize("side", ["inp", "out"])
 def test_steering_adds_the_decoder_direction(lens, side):
     x, y = inputs_and_outputs(lens)
-    with interventions.steer(lens, 4, -1.5, side):
+    with edits.steer(lens, 4, -1.5, side):
         after = inputs_and_outputs(lens)
     if side == "inp":
         torch.testing.assert_close(after[0], x - 1.5 * lens.inp.W_dec[4])
@@ -117,13 +122,13 @@ def test_steering_adds_the_decoder_direction(lens, side):
         torch.testing.assert_close(after[1], y - 1.5 * lens.out.W_dec[4])
 
 
-def edits(lens, circuit, where=None):
+def all_edits(lens, circuit, where=None):
     return {
-        "feature": interventions.without_feature(lens, circuit.left, where),
-        "pair": interventions.without_pair(lens, circuit.left, circuit.right, where),
-        "eigenvector": interventions.without_eigenvector(lens, circuit.feature, 0, where),
-        "steer in": interventions.steer(lens, 1, 2.0, "inp", where),
-        "steer out": interventions.steer(lens, 1, 2.0, "out", where),
+        "feature": edits.without_feature(lens, circuit.left, where),
+        "pair": edits.without_pair(lens, circuit.left, circuit.right, where),
+        "eigenvector": edits.without_eigenvector(lens, circuit.feature, 0, where),
+        "steer in": edits.steer(lens, 1, 2.0, "inp", where),
+        "steer out": edits.steer(lens, 1, 2.0, "out", where),
     }
 
 
@@ -133,7 +138,7 @@ def test_the_model_is_bit_identical_afterwards_also_after_an_exception(lens, cir
     before, weights = lens.model(tokens), {k: v.clone() for k, v in lens.model.state_dict().items()}
 
     def fail_halfway():
-        with edits(lens, circuit)[name] as model:
+        with all_edits(lens, circuit)[name] as model:
             assert not torch.equal(model(tokens), before)
             raise RuntimeError("halfway")
 
@@ -146,19 +151,19 @@ def test_the_model_is_bit_identical_afterwards_also_after_an_exception(lens, cir
 
 @pytest.mark.parametrize("name", ["feature", "pair", "eigenvector", "steer in", "steer out"])
 def test_an_edit_can_be_confined_to_some_positions(lens, circuit, name):
-    rows = to_rows(lens.model, TEXTS)
+    rows = Windows.of(lens.model, TEXTS)
     where = rows.counts & (torch.arange(rows.tokens.shape[1]) % 2 == 0)
     _, y = inputs_and_outputs(lens)
-    with edits(lens, circuit)[name]:
+    with all_edits(lens, circuit)[name]:
         _, everywhere = inputs_and_outputs(lens)
-    with edits(lens, circuit, where)[name]:
+    with all_edits(lens, circuit, where)[name]:
         _, there = inputs_and_outputs(lens)
     assert torch.equal(there[~where], y[~where])
     torch.testing.assert_close(there[where], everywhere[where])
 
 
 def test_edits_nest_and_work_in_generation(lens, circuit):
-    with interventions.steer(lens, 1, 3.0), interventions.without_pair(lens, circuit.left, circuit.right) as model:
+    with edits.steer(lens, 1, 3.0), edits.without_pair(lens, circuit.left, circuit.right) as model:
         cached = model.generate("the cat", 5, temperature=0)
         assert cached == model.generate("the cat", 5, temperature=0, use_past_kv_cache=False)
 
@@ -167,7 +172,7 @@ def test_edits_nest_and_work_in_generation(lens, circuit):
 
 
 def test_removing_a_pair_is_the_smallest_change_of_the_tensor(lens, circuit):
-    edited = interventions.remove_pair(lens, circuit)
+    edited = circuits.remove_pair(lens, circuit)
     old, new = lens.tensor, edited.blocks[LAYER].mlp.tensor().detach()
     change = (new.dense() - old.dense())[:, :16, :16]
     d, reader = lens.writers, lens.readers[circuit.feature]
@@ -186,7 +191,7 @@ def test_removing_a_pair_is_the_smallest_change_of_the_tensor(lens, circuit):
 
 def test_only_the_one_layer_changes_and_the_original_stays(lens, circuit):
     weights = {name: value.clone() for name, value in lens.model.state_dict().items()}
-    edited = interventions.remove_pair(lens, circuit)
+    edited = circuits.remove_pair(lens, circuit)
     assert all(torch.equal(value, weights[name]) for name, value in lens.model.state_dict().items())
     x = torch.randn(20, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     other = 1 - LAYER
@@ -199,22 +204,22 @@ def test_only_the_one_layer_changes_and_the_original_stays(lens, circuit):
 
 
 def test_the_copy_has_no_hooks(lens, circuit):
-    with interventions.steer(lens, 1, 3.0):
-        inside = interventions.remove_pair(lens, circuit)
+    with edits.steer(lens, 1, 3.0):
+        inside = circuits.remove_pair(lens, circuit)
     tokens = lens.model.to_tokens(TEXTS[0])
-    assert torch.equal(inside(tokens), interventions.remove_pair(lens, circuit)(tokens))
+    assert torch.equal(inside(tokens), circuits.remove_pair(lens, circuit)(tokens))
 
 
 def test_what_other_output_features_feel_is_bounded(lens, circuit):
-    edited = interventions.remove_pair(lens, circuit)
+    edited = circuits.remove_pair(lens, circuit)
     x, y = inputs_and_outputs(lens)
     _, after = inputs_and_outputs(replace(lens, model=edited))
     change = (after - y) @ lens.readers.T
     reader, d = lens.readers[circuit.feature], lens.writers[[circuit.left, circuit.right]]
     squared = (d.pow(2).sum(1).prod() + (d[0] @ d[1]) ** 2) / 2
-    excess = reader @ interventions.interaction(lens, circuit.left, circuit.right) / (reader @ reader * squared)
+    excess = reader @ edits.interaction(lens, circuit.left, circuit.right) / (reader @ reader * squared)
     torch.testing.assert_close(change, -excess * (x @ d.T).prod(-1, keepdim=True) * (lens.readers @ reader))
-    bound = interventions.removal_bound(lens, circuit)
+    bound = removal.removal_bound(lens, circuit)
     assert (change.abs() / x.pow(2).sum(-1, keepdim=True) <= bound * (1 + 1e-9)).all()
     worst = torch.nn.functional.normalize(d, dim=1)
     worst = worst[0] + torch.sign(worst[0] @ worst[1]) * worst[1]  # where the bound is met
@@ -223,7 +228,7 @@ def test_what_other_output_features_feel_is_bounded(lens, circuit):
 
 
 def test_a_model_without_a_pair_is_saved_and_loaded(lens, circuit, tmp_path):
-    edited = interventions.remove_pair(lens, circuit)
+    edited = circuits.remove_pair(lens, circuit)
     checkpoints.save(edited, tmp_path)
     loaded = checkpoints.load(tmp_path)
     assert loaded.cfg == edited.cfg
@@ -239,7 +244,9 @@ def test_a_model_without_a_pair_is_saved_and_loaded(lens, circuit, tmp_path):
 
 @pytest.fixture
 def found(lens, circuit, generator):
-    return interventions.test(lens, circuit, TEXTS, generator=generator, n_bootstrap=50, n_pairs=30, n_directions=4)
+    return circuits.test(
+        lens, circuit, TEXTS, Protocol(n_bootstrap=50, n_pairs=30, n_directions=4), generator=generator
+    )
 
 
 def test_predicted_equals_measured_for_every_edit(found):
@@ -254,12 +261,12 @@ def test_predicted_equals_measured_for_every_edit(found):
 
 @pytest.mark.parametrize("texts", [TEXTS, *([text] for text in TEXTS[:3])], ids=["all", "first", "second", "third"])
 def test_effects_are_those_of_a_run_under_the_edit(lens, circuit, generator, texts):
-    found = interventions.test(lens, circuit, texts, generator=generator, n_bootstrap=2, n_pairs=1, n_directions=1)
-    rows = to_rows(lens.model, texts)
-    x = activations(lens.model, rows, [lens.hook_in])[lens.hook_in]
+    found = circuits.test(lens, circuit, texts, Protocol(n_bootstrap=2, n_pairs=1, n_directions=1), generator=generator)
+    rows = Windows.of(lens.model, texts)
+    x = observe(lens.model, rows, [lens.hook_in])[lens.hook_in]
     where = (lens.inp.encode(x)[..., [circuit.left, circuit.right]] != 0).all(-1) & rows.counts
     before = lens.model(rows.tokens, attention_mask=rows.attend)
-    with interventions.without_pair(lens, circuit.left, circuit.right, where) as model:
+    with edits.without_pair(lens, circuit.left, circuit.right, where) as model:
         after, loss = model(rows.tokens, "both", attention_mask=rows.attend, loss_per_token=True)
     effect = found.edits["pair"].effect
     old, new = (logits[where].log_softmax(-1) for logits in (before, after))
@@ -272,12 +279,12 @@ def test_effects_are_those_of_a_run_under_the_edit(lens, circuit, generator, tex
 
 def test_controls_by_their_change_of_the_output_equal_controls_run_as_edits(lens, circuit, found):
     """The matched pairs go by a short cut; one of them is run as a circuit of its own at the same positions."""
-    rows = to_rows(lens.model, TEXTS)
+    rows = Windows.of(lens.model, TEXTS)
     x, _ = inputs_and_outputs(lens)
     where = (lens.inp.encode(x)[..., [circuit.left, circuit.right]] != 0).all(-1) & rows.counts
     before = lens.model(rows.tokens, attention_mask=rows.attend)[where]
     left, right = found.matched.left[0].item(), found.matched.right[0].item()
-    with interventions.without_pair(lens, left, right, where) as model:
+    with edits.without_pair(lens, left, right, where) as model:
         after = model(rows.tokens, attention_mask=rows.attend)[where]
     torch.testing.assert_close(found.matched.effects.logits[0], (after - before).norm(dim=1).mean())
     z = lens.inp.encode(x)[where]
@@ -293,12 +300,12 @@ def test_controls_by_their_change_of_the_output_equal_controls_run_as_edits(lens
 
 
 def test_low_rank_scores_are_those_of_the_plain_formulas(lens, circuit, found):
-    x, y = layer._inputs_and_outputs(lens, TEXTS)
+    x, y = at_positions(lens, TEXTS)
     actual = lens.out.encode(y)[:, circuit.feature]
     active = actual != 0
     assert (found.low_rank.n_active, found.low_rank.n_positions) == (int(active.sum()), len(actual))
     for index, k in enumerate(found.low_rank.k):
-        top = circuits.top_eigen(lens, circuit.feature, k)
+        top = lens.eigen(circuit.feature, k)
         predicted = (extended(lens, x) @ top.vectors.T).pow(2) @ top.values
         both = torch.stack((predicted[active], actual[active]))
         expected = torch.corrcoef(both)[0, 1], 1 - (both[1] - both[0]).var() / both[1].var()
@@ -315,7 +322,7 @@ def test_the_same_generator_gives_the_same_record_and_few_active_positions_give_
     def run(**options):
         generator = torch.Generator().manual_seed(3)
         options = {"n_bootstrap": 20, "n_pairs": 5, "n_directions": 2, **options}
-        return interventions.test(lens, circuit, TEXTS, generator=generator, **options)
+        return circuits.test(lens, circuit, TEXTS, Protocol(**options), generator=generator)
 
     one, other = run(), run()
     torch.testing.assert_close(one.low_rank.pearson.low, other.low_rank.pearson.low, rtol=0, atol=0)
@@ -330,12 +337,14 @@ def test_the_same_generator_gives_the_same_record_and_few_active_positions_give_
 def test_intervals_are_those_of_resampled_texts(lens, circuit):
     texts = [*TEXTS, "the cat ran on " * 20]  # the last one takes several windows
     options = {"n_bootstrap": 40, "n_pairs": 1, "n_directions": 1, "confidence": 0.8, "min_active": 3, "ks": (2,)}
-    found = interventions.test(lens, circuit, texts, generator=torch.Generator().manual_seed(5), **options).low_rank
+    found = circuits.test(
+        lens, circuit, texts, Protocol(**options), generator=torch.Generator().manual_seed(5)
+    ).low_rank
     assert found.n_texts == len(texts)
     each = []
-    top = circuits.top_eigen(lens, circuit.feature, 2)
+    top = lens.eigen(circuit.feature, 2)
     for text in texts:
-        x, y = layer._inputs_and_outputs(lens, [text])
+        x, y = at_positions(lens, [text])
         predicted = (extended(lens, x) @ top.vectors.T).pow(2) @ top.values
         each.append(torch.stack((lens.out.encode(y)[:, circuit.feature], predicted)))
     drawn = torch.randint(len(texts), (40, len(texts)), generator=torch.Generator().manual_seed(5))
@@ -345,13 +354,13 @@ def test_intervals_are_those_of_resampled_texts(lens, circuit):
 
 
 def test_random_directions_are_as_large_as_the_edit(lens, circuit, generator):
-    scan = interventions._scan(lens, circuit, TEXTS, (1,))
-    base = interventions._windows(lens, circuit, scan, 5)
-    units = interventions._unit(3, 16, generator)
+    windows = Windows.of(lens.model, TEXTS)
+    base = effects.Baseline.run(lens, lens.readers[circuit.feature], windows, windows.counts, 5)
+    units = steering.unit_directions(3, 16, generator)
     change = torch.randn(base.x.shape, generator=generator, dtype=torch.float64)
-    for unit, one in zip(units, interventions._random_changes(base, None, change, units), strict=True):
+    for unit, one in zip(units, controls.random_changes(base, None, change, units), strict=True):
         torch.testing.assert_close(one, change.norm(dim=1, keepdim=True) * unit)
-    for unit, one in zip(units, interventions._random_changes(base, circuit.right, change, units), strict=True):
+    for unit, one in zip(units, controls.random_changes(base, circuit.right, change, units), strict=True):
         size = base.z[:, [circuit.right]].abs() * lens.writers[circuit.right].norm()
         after = lens.tensor.apply(base.x - size * unit)
         torch.testing.assert_close(one, after - base.y)
@@ -365,21 +374,15 @@ def test_a_planted_pair_beats_its_matched_pairs(lens, generator):
     mlp.p.weight.mul_(0.01)
     mlp.w.weight[0], mlp.w.weight[24] = lens.writers[i], lens.writers[j]
     mlp.p.weight[:, 0] = 3 * lens.readers[7]
-    found = interventions.test(lens, Circuit(LAYER, 7, i, j), TEXTS, generator=generator, n_bootstrap=10, n_pairs=100)
+    found = circuits.test(
+        lens, Circuit(LAYER, 7, i, j), TEXTS, Protocol(n_bootstrap=10, n_pairs=100), generator=generator
+    )
     assert found.percentile["pre"] > 90
     assert found.percentile["kl"] > 90
     assert found.low_rank.pearson.value[1] > 0.5
-    edited = interventions.remove_pair(lens, found.circuit)
+    edited = circuits.remove_pair(lens, found.circuit)
     norms = [model.blocks[LAYER].mlp.tensor().detach().norm() for model in (edited, lens.model)]
     assert norms[0] < norms[1]
-
-
-def test_a_negation_circuit_is_accepted(lens, circuit):
-    told = circuits.NegationCircuit(
-        LAYER, ("negated", "positive"), circuit.feature, circuit.left, circuit.right, 0.0, 1, 1.0, 0.0, {}, {}, {}, 0.0
-    )
-    one, other = (interventions.remove_pair(lens, which) for which in (told, circuit))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 # -- steering ---------------------------------------------------------------------------------------------------------
@@ -390,14 +393,14 @@ def test_steering_along_an_unembedding_difference_moves_the_log_odds(lens, gener
     with torch.no_grad():
         towards = model.W_U[:, model.to_single_token("cat")] - model.W_U[:, model.to_single_token("dog")]
         lens.out.W_dec[2] = towards / towards.norm()
-    found = interventions.steering(
+    found = steering.steering(
         lens, 2, ["the", "the big"], (["cat"], ["dog"]), [-5.0, 5.0], generator=generator, n_directions=5
     )
     assert found.log_odds[0] < found.before < found.log_odds[1]
     assert found.controls.shape == (5, 2)
-    with interventions.steer(lens, 2, 5.0, where=torch.tensor([[False, True]])):
+    with edits.steer(lens, 2, 5.0, where=torch.tensor([[False, True]])):
         first = model("the")[0, -1].log_softmax(-1)
-    with interventions.steer(lens, 2, 5.0, where=torch.tensor([[False, True, True]])):
+    with edits.steer(lens, 2, 5.0, where=torch.tensor([[False, True, True]])):
         second = model("the big")[0, -1].log_softmax(-1)
     cat, dog = (model.to_single_token(word) for word in ("cat", "dog"))
     expected = (first[cat] - first[dog] + second[cat] - second[dog]) / 2
@@ -405,12 +408,11 @@ def test_steering_along_an_unembedding_difference_moves_the_log_odds(lens, gener
 
 
 def test_the_test_steers_in_multiples_of_the_mean_activation(lens, circuit, generator):
-    _, y = layer._inputs_and_outputs(lens, TEXTS)
+    _, y = at_positions(lens, TEXTS)
     actual = lens.out.encode(y)[:, circuit.feature]
-    found = interventions.test(
-        lens, circuit, TEXTS, generator=generator, n_bootstrap=5, n_pairs=2, n_directions=2,
-        prompts=["the"], words=(["cat", "mat"], ["dog"]), multiples=(1.0, 2.0),
-    )  # fmt: skip
+    words = ["cat", "mat"], ["dog"]
+    protocol = Protocol(n_bootstrap=5, n_pairs=2, n_directions=2, prompts=["the"], words=words, multiples=(1.0, 2.0))
+    found = circuits.test(lens, circuit, TEXTS, protocol, generator=generator)
     mean = actual[actual != 0].mean().item()
     assert found.steering.amounts == pytest.approx((mean, 2 * mean))
     parts = (found, found.low_rank, found.edits["pair"], found.matched, found.steering)
@@ -425,7 +427,7 @@ def test_the_test_steers_in_multiples_of_the_mean_activation(lens, circuit, gene
 def test_errors_name_the_argument(lens, circuit, generator, make_model):
     def check(match, c=circuit, texts=TEXTS, which=lens, error=ValueError, **options):
         with pytest.raises(error, match=match):
-            interventions.test(which, c, texts, generator=generator, **options)
+            circuits.test(which, c, texts, Protocol(**options), generator=generator)
 
     check("feature must lie between 0 and 39 .layer 0 has 40 output features.*got 40", Circuit(LAYER, 40, 1, 2))
     check("right must lie between 0 and 39 .layer 0 has 40 input features.*got 77", Circuit(LAYER, 1, 1, 77))
@@ -444,25 +446,25 @@ def test_errors_name_the_argument(lens, circuit, generator, make_model):
     gated = make_lens(make_model(mlp="gated", act="silu"))
     check("only a bilinear MLP is a third-order tensor", which=gated, error=TypeError)
     with pytest.raises(TypeError, match="only a bilinear MLP"):
-        interventions.remove_pair(gated, circuit)
+        circuits.remove_pair(gated, circuit)
     with pytest.raises(ValueError, match="two different input features, got 3 twice"):
         Circuit(LAYER, 1, 3, 3)
     with (
         pytest.raises(ValueError, match="different input features, got 3 twice"),
-        interventions.without_pair(lens, 3, 3),
+        edits.without_pair(lens, 3, 3),
     ):
         pass
-    with pytest.raises(ValueError, match="has 40 input features"), interventions.steer(lens, 40, 1.0, "inp"):
+    with pytest.raises(ValueError, match="has 40 input features"), edits.steer(lens, 40, 1.0, "inp"):
         pass
-    with pytest.raises(ValueError, match="side must be"), interventions.steer(lens, 1, 1.0, "up"):
+    with pytest.raises(ValueError, match="side must be"), edits.steer(lens, 1, 1.0, "up"):
         pass
     with (
         pytest.raises(ValueError, match="index must lie between 0 and"),
-        interventions.without_eigenvector(lens, 1, 99),
+        edits.without_eigenvector(lens, 1, 99),
     ):
         pass
     wrong = torch.ones(1, 3, dtype=torch.bool)
-    with interventions.steer(lens, 1, 1.0, where=wrong) as model, pytest.raises(ValueError, match="where must have"):
+    with edits.steer(lens, 1, 1.0, where=wrong) as model, pytest.raises(ValueError, match="where must have"):
         model("the")
 
 
@@ -470,4 +472,4 @@ def test_a_pair_that_is_never_active_is_an_error(lens, generator):
     with torch.no_grad():
         lens.inp.b_enc[3] = -100
     with pytest.raises(ValueError, match="input features 3 and 8 are both active, none of"):
-        interventions.test(lens, Circuit(LAYER, 1, 3, 8), TEXTS, generator=generator)
+        circuits.test(lens, Circuit(LAYER, 1, 3, 8), TEXTS, generator=generator)

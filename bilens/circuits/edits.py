@@ -1,0 +1,230 @@
+"""Edits of the running model: each a `with` block of hooks that touches no weight.
+
+At its end, also after an exception, the model is what it was, bit for bit.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bilens.models.transformer import BilinearTransformer
+from bilens.saes.directions import writers
+from bilens.tensor.bilinear import homogeneous
+
+from .layer import FeatureLayer
+
+Features: TypeAlias = Sequence[int] | Int[Tensor, " k"]
+
+
+# -- what the weights say ---------------------------------------------------------------------------------------------
+
+
+def interaction(lens: FeatureLayer, left: int, right: int) -> Float[Tensor, " d_model"]:
+    """Return what the product of two input features writes to the residual stream, `B(d_i, d_j)` with B symmetric.
+
+    The layer's output contains it `2 z_i z_j` times for i ≠ j (2410.08417, section 3.1).
+    """
+    return lens.tensor.polar(lens.writers[left], lens.writers[right])
+
+
+def product(
+    lens: FeatureLayer, z: Float[Tensor, "*batch feature"], left: Features, right: Features
+) -> Float[Tensor, "*batch d_model"]:
+    """Return what two groups of input features write together, `2 B(x_A, x_B)` with `x_A = Σ_{i in A} z_i d_i`.
+
+    Args:
+        lens: The layer.
+        z: Activations of all input features.
+        left: The features of the one group.
+        right: Those of the other.
+    """
+    left, right = _indices(left), _indices(right)
+    return 2 * lens.tensor.polar(*(z[..., group] @ lens.writers[group] for group in (left, right)))
+
+
+def _indices(features: Features) -> list[int]:
+    return features.tolist() if isinstance(features, Tensor) else list(features)
+
+
+# -- edits ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_feature(
+    lens: FeatureLayer, feature: int, where: Bool[Tensor, "batch seq"] | None = None
+) -> Iterator[BilinearTransformer]:
+    """Take an input feature out of what enters the MLP, `x' = x - z_i d_i`; what its SAE does not explain stays.
+
+    Args:
+        lens: The layer.
+        feature: Input feature.
+        where: At which positions; everywhere if `None`.
+    """
+    lens.check_feature("inp", feature)
+
+    def edit(x: Tensor, hook: object) -> Tensor:
+        z = lens.codes(x)[..., feature, None]
+        return x - _at(where, z * lens.writers[feature]).to(x)
+
+    with lens.model.hooks(fwd_hooks=[(lens.hook_in, edit)]) as model:
+        yield model
+
+
+@contextmanager
+def without_pair(
+    lens: FeatureLayer, left: int, right: int, where: Bool[Tensor, "batch seq"] | None = None
+) -> Iterator[BilinearTransformer]:
+    """Take the product of two input features out of what the MLP computes, `y' = y - 2 z_i z_j B(d_i, d_j)`.
+
+    With `B(a, b)` symmetric, that is `y = ... + z_i² B(d_i, d_i) + 2 z_i z_j B(d_i, d_j) + z_j² B(d_j, d_j)` without
+    its middle term (2410.08417, section 3.1): either feature alone acts as before, on every output direction.
+
+    Args:
+        lens: The layer.
+        left: Input feature.
+        right: Another input feature.
+        where: At which positions; everywhere if `None`.
+    """
+    with without_pairs(lens, [left], [right], where) as model:
+        yield model
+
+
+@contextmanager
+def without_pairs(
+    lens: FeatureLayer, left: Features, right: Features, where: Bool[Tensor, "batch seq"] | None = None
+) -> Iterator[BilinearTransformer]:
+    """Take the products of two groups of input features out of what the MLP computes, `y' = y - 2 B(x_A, x_B)`.
+
+    With `x_A = Σ_{i in A} z_i d_i` that is `Σ_{i,j} 2 z_i z_j B(d_i, d_j)`, every pair of one feature of either group
+    at once; what each group does by itself stays.
+
+    Args:
+        lens: The layer.
+        left: Input features.
+        right: Other input features.
+        where: At which positions; everywhere if `None`.
+    """
+    left, right = _indices(left), _indices(right)
+    for name, group in (("left", left), ("right", right)):
+        for index in group:
+            lens.check_feature("inp", index, name)
+    if twice := set(left) & set(right):
+        raise ValueError(f"left and right must be different input features, got {min(twice)} twice")
+
+    def between(x: Tensor) -> Tensor:
+        return product(lens, lens.codes(x), left, right)
+
+    with _without(lens, between, where) as model:
+        yield model
+
+
+@contextmanager
+def without_eigenvector(
+    lens: FeatureLayer, feature: int, index: int = 0, where: Bool[Tensor, "batch seq"] | None = None
+) -> Iterator[BilinearTransformer]:
+    """Take one eigenvector's share out of an output feature: `y' = y - λ (v·x)² r / ‖r‖²`.
+
+    That changes the feature's pre-activation `r·y + offset` by exactly `-λ (v·x)²`, and is the smallest change of y
+    that does: output directions orthogonal to the reader r keep what they had. (An eigenvector is one of a single
+    output feature's matrix, so taking v out of x instead would say little about that feature alone.)
+
+    Args:
+        lens: The layer.
+        feature: Output feature.
+        index: Which eigenvector, 0 for that of the largest |λ|.
+        where: At which positions; everywhere if `None`.
+    """
+    if not 0 <= index < lens.tensor.inp:
+        raise ValueError(f"index must lie between 0 and {lens.tensor.inp - 1}, got {index}")
+    top, reader = lens.eigen(feature, index + 1), lens.readers[feature]
+
+    def share(x: Tensor) -> Tensor:
+        strength = (homogeneous(x.to(reader), lens.tensor) @ top.vectors[index]).pow(2) * top.values[index]
+        return strength[..., None] * reader / reader.dot(reader)
+
+    with _without(lens, share, where) as model:
+        yield model
+
+
+@contextmanager
+def steer(
+    lens: FeatureLayer,
+    feature: int,
+    amount: float,
+    side: Literal["inp", "out"] = "out",
+    where: Bool[Tensor, "batch seq"] | None = None,
+) -> Iterator[BilinearTransformer]:
+    """Add `amount` times a feature's decoder direction: to the MLP's input, or to its output.
+
+    The MLP's output is what is added to the residual stream, so an output feature goes straight into the latter.
+
+    Args:
+        lens: The layer.
+        feature: Input or output feature, by `side`.
+        amount: In units of the feature's activation.
+        side: `"inp"` or `"out"`.
+        where: At which positions; everywhere if `None`.
+    """
+    hook, direction = decoder_direction(lens, side, feature)
+    with push(lens.model, hook, amount * direction, where) as model:
+        yield model
+
+
+@contextmanager
+def push(
+    model: BilinearTransformer,
+    hook: str,
+    direction: Float[Tensor, " d_model"],
+    where: Bool[Tensor, "batch seq"] | None = None,
+) -> Iterator[BilinearTransformer]:
+    """Add a vector at a hook point.
+
+    Args:
+        model: The model.
+        hook: Name of the hook point.
+        direction: What is added.
+        where: At which positions; everywhere if `None`.
+    """
+
+    def edit(value: Tensor, hook: object) -> Tensor:
+        return value + _at(where, direction.expand_as(value)).to(value)
+
+    with model.hooks(fwd_hooks=[(hook, edit)]):
+        yield model
+
+
+@contextmanager
+def _without(
+    lens: FeatureLayer,
+    part: Callable[[Float[Tensor, "b s d"]], Float[Tensor, "b s d"]],
+    where: Bool[Tensor, "batch seq"] | None,
+) -> Iterator[BilinearTransformer]:
+    """Subtract `part(x)` from what the MLP makes of x."""
+    seen = {}
+
+    def look(x: Tensor, hook: object) -> None:
+        seen["part"] = part(x)
+
+    def edit(y: Tensor, hook: object) -> Tensor:
+        return y - _at(where, seen.pop("part")).to(y)
+
+    with lens.model.hooks(fwd_hooks=[(lens.hook_in, look), (lens.hook_out, edit)]) as model:
+        yield model
+
+
+def decoder_direction(lens: FeatureLayer, side: str, feature: int) -> tuple[str, Float[Tensor, " d_model"]]:
+    """Return the hook point of one side, and what one of its features writes there at activation 1."""
+    lens.check_feature(side, feature)
+    return (lens.hook_in, lens.writers[feature]) if side == "inp" else (lens.hook_out, writers(lens.out)[feature])
+
+
+def _at(where: Bool[Tensor, "batch seq"] | None, change: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+    """Keep a change at some positions only."""
+    if where is None:
+        return change
+    if where.shape != change.shape[:2]:
+        raise ValueError(f"where must have the tokens' shape {list(change.shape[:2])}, got {list(where.shape)}")
+    return change * where[..., None].to(change)

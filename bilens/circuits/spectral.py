@@ -1,0 +1,146 @@
+"""Output features of a layer by the spectra of their interaction matrices, and what a few eigenvectors predict."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.models.windows import Texts, Windows
+from bilens.tensor.bilinear import homogeneous
+from bilens.tensor.interactions import Interactions, top_interactions
+from bilens.tensor.statistics import pearson
+
+from .layer import FeatureLayer
+from .records import plain
+
+_MATRICES = 128  # decomposed at a time
+
+
+# -- from the weights -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Outliers:
+    """Output features of a layer, the one with the strongest spectral outliers first."""
+
+    feature: Int[Tensor, " feature"]
+    values: Float[Tensor, "feature 2"]  # the two eigenvalues of largest magnitude
+    bulk: Float[Tensor, " feature"]  # edge of the other eigenvalues' spectrum if they were a random matrix's
+
+    @property
+    def strength(self) -> Float[Tensor, " feature"]:
+        """Sum of the magnitudes of the two strongest eigenvalues, the published ranking."""
+        return self.values.abs().sum(1)
+
+    @property
+    def ratio(self) -> Float[Tensor, " feature"]:
+        """How far the second outlier lies outside the bulk: `|λ₂| / edge`, about 1 for a random matrix."""
+        return self.values[:, 1].abs() / self.bulk
+
+    def __repr__(self) -> str:
+        top = ", ".join(map(str, self.feature[:5].tolist()))
+        return f"Outliers({len(self.feature)} features; first: {top} ...)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all numbers as lists."""
+        return plain({name: getattr(self, name) for name in ("feature", "values", "bulk", "strength", "ratio")})
+
+
+def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength") -> Outliers:
+    """Rank all output features of a layer by their spectral outliers, from the weights alone.
+
+    `strength` is `|λ₁| + |λ₂|` (2410.08417, tutorial and section 5.2); `ratio` is `|λ₂|` over the edge
+    `2 sqrt(Σ_{i>2} λ_i² / (n-2))` that the other eigenvalues would have as a random symmetric matrix (Wigner), so it
+    finds features whose two outliers stand out whatever their scale. What biases add is linear or constant, no
+    interaction, and left out. Cost: one `d_model × d_model` eigenvalue problem per feature.
+    """
+    if by not in ("strength", "ratio"):
+        raise ValueError(f"by must be 'strength' or 'ratio', got {by!r}")
+    B = lens.tensor.without_constant()
+    parts = [two_strongest(B.matrix(some)) for some in lens.readers.split(_MATRICES)]
+    values, bulk = (torch.cat(part) for part in zip(*parts, strict=True))
+    found = Outliers(torch.arange(len(values), device=values.device), values, bulk)
+    order = getattr(found, by).argsort(descending=True, stable=True)
+    return Outliers(found.feature[order], values[order], bulk[order])
+
+
+def two_strongest(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:
+    """Return the two eigenvalues of largest magnitude, and the edge of the others' spectrum, as in `outliers`."""
+    values = torch.linalg.eigvalsh(M)
+    values = values.gather(1, values.abs().argsort(dim=1, descending=True, stable=True))
+    edge = 2 * values[:, 2:].pow(2).mean(1).sqrt()
+    return values[:, :2], edge.clamp(min=torch.finfo(M.dtype).tiny)
+
+
+def pairs(lens: FeatureLayer, feature: int, k: int = 10) -> Interactions:
+    """Return the strongest pairs of input features of one output feature, from the weights alone."""
+    lens.check_feature("out", feature)
+    found = top_interactions(lens.tensor, k, out=lens.readers[feature, None], inp=lens.writers)
+    return found._replace(out=torch.full_like(found.out, feature))
+
+
+# -- weights against the running model --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Prediction:
+    """What a few eigenvectors say an output feature does, against what it does on text."""
+
+    actual: Float[Tensor, " position"]  # activation, zero where the feature is not among the k largest
+    predicted: Float[Tensor, " position"]  # Σ_i λ_i (v_i · x)² over the chosen eigenpairs
+
+    @property
+    def pearson(self) -> float:
+        """Correlation over all positions; NaN below three."""
+        return pearson(self.predicted, self.actual)
+
+    @property
+    def pearson_active(self) -> float:
+        """Correlation over the positions where the feature is active; NaN below three."""
+        active = self.actual != 0
+        return pearson(self.predicted[active], self.actual[active])
+
+    @property
+    def n_active(self) -> int:
+        """At how many positions the feature is active."""
+        return int((self.actual != 0).sum())
+
+    def __repr__(self) -> str:
+        return (
+            f"Prediction(pearson={self.pearson:.3f}, active only {self.pearson_active:.3f} at {self.n_active} of "
+            f"{len(self.actual)} positions)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return correlations and counts, without the positions."""
+        names = ("pearson_active", "pearson", "n_active")
+        return plain({name: getattr(self, name) for name in names} | {"n_positions": len(self.actual)})
+
+
+def predict(lens: FeatureLayer, feature: int, texts: Texts, k: int = 2) -> Prediction:
+    """Predict an output feature's activation from its k strongest eigenvectors, and correlate with the real one.
+
+    `ŷ = Σ_{i≤k} λ_i (v_i · x)²` with x what enters the MLP (2410.08417, section 5.2 and figure 9). BOS and padding are
+    left out. A correlation over fewer than three positions is NaN.
+    """
+    return predict_all(lens, [feature], texts, k)[0]
+
+
+def predict_all(lens: FeatureLayer, features: Sequence[int], texts: Texts, k: int = 2) -> list[Prediction]:
+    """Do what `predict` does for several output features, in one pass over the texts.
+
+    Holds two numbers for each feature at each position, and one batch of activations.
+    """
+    features = list(features)
+    tops = [lens.eigen(feature, k) for feature in features]
+
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        x = homogeneous(x, lens.tensor)
+        predicted = torch.stack([(x @ top.vectors.T).pow(2) @ top.values for top in tops], 1)
+        return torch.stack((lens.out.encode(y)[:, features], predicted), 2)
+
+    found = lens.at_positions(Windows.of(lens.model, texts), both) if features else []
+    return [Prediction(*found[:, i].unbind(1)) for i in range(len(features))]

@@ -1,0 +1,128 @@
+"""What is attributed, and how it is read of a layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from bilens.models.layers import Norm
+from bilens.models.logits import logit_directions, token_ids
+from bilens.models.transformer import BilinearTransformer
+from bilens.saes.directions import check_sae, offsets, readers
+from bilens.saes.stored import SAE
+
+from .places import check_layer
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Target:
+    """A number that is read of what an MLP writes, `reader · mlp_out + offset`: an output feature's pre-activation, ...
+
+    A token's is the direct path to its logit: `reader · mlp_out` over the root mean square that the final norm measures
+    at that position, with its gain in the reader. So it is what the MLP adds to that logit directly.
+    """
+
+    kind: Literal["feature", "token", "direction"]
+    name: str
+    index: int | None  # of the feature or token
+    reader: Float[Tensor, " d_model"]
+    offset: Float[Tensor, ""]
+    out: SAE | None = None  # which has the feature
+
+    @classmethod
+    def feature(cls, out: SAE, feature: int) -> "Target":
+        """Read a feature of an SAE at the layer's `hook_mlp_out`.
+
+        Raises:
+            ValueError: It has no such feature.
+        """
+        if not 0 <= feature < out.cfg.d_sae:
+            raise ValueError(f"feature must lie between 0 and {out.cfg.d_sae - 1}, got {feature}")
+        reader, offset = readers(out)[feature], offsets(out)[feature]
+        return cls("feature", f"feature {feature}", feature, reader, offset, out)
+
+    @classmethod
+    def token(cls, model: BilinearTransformer, token: str | int) -> "Target":
+        """Read the direct path to the logit of a token, given as text or id.
+
+        Raises:
+            ValueError: A text that is not one token, or an id outside the vocabulary.
+        """
+        (index,) = token_ids(model, [token])
+        name = index if model.tokenizer is None else model.tokenizer.id_to_token(index)
+        (reader,) = logit_directions(model, [index])
+        return cls("token", f"logit of {name!r}", index, reader, reader.new_zeros(()))
+
+    @classmethod
+    def direction(cls, direction: Float[Tensor, " d_model"]) -> "Target":
+        """Read along a residual direction."""
+        direction = direction.detach()
+        return cls("direction", "a direction", None, direction, direction.new_zeros(()))
+
+    def __repr__(self) -> str:
+        return f"Target({self.name})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Reading:
+    """A target of one layer as a quadratic form on what enters the MLP and a constant 1, and how to measure it."""
+
+    target: Target
+    matrix: Float[Tensor, "leg leg"]  # float64, the offset included
+    hook: str
+    final: str | None  # the last residual stream, if the final norm's root mean square counts
+    norm: Norm
+
+    @classmethod
+    def of(cls, model: BilinearTransformer, layer: int, target: Target) -> "Reading":
+        """Read a target of a layer.
+
+        Raises:
+            ValueError: No such layer, a feature of an SAE that does not fit, a direction of another width.
+            TypeError: The layer is not bilinear.
+        """
+        check_layer(model, layer)
+        d_model, hook = model.cfg.d_model, f"blocks.{layer}.hook_mlp_out"
+        if target.out is not None:
+            fitting_hook(model, target.out, "out", [hook])
+        if target.reader.shape != (d_model,):
+            raise ValueError(f"{target.kind} must have shape [{d_model}] (d_model), got {list(target.reader.shape)}")
+        tensor = model.blocks[layer].mlp.tensor().detach().to(torch.float64)
+        matrix = tensor.matrix(target.reader.to(tensor.down))
+        matrix = matrix if tensor.constant else F.pad(matrix, (0, 1, 0, 1))
+        matrix[-1, -1] += target.offset.to(matrix)
+        final = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post" if target.kind == "token" else None
+        return cls(target, matrix, hook, final, model.ln_final)
+
+    @property
+    def hooks(self) -> list[str]:
+        """What `scale` and `measure` need to have been observed."""
+        return [self.hook] if self.final is None else [self.hook, self.final]
+
+    def scale(self, found: Mapping[str, Tensor]) -> Float[Tensor, " position"]:
+        """Return what the target is multiplied by: one over the final root mean square, of a token, else 1."""
+        if self.final is None:
+            return torch.ones_like(found[self.hook][:, 0])
+        return self.norm.rms(found[self.final])[:, 0].reciprocal()
+
+    def measure(self, found: Mapping[str, Tensor]) -> Float[Tensor, " position"]:
+        """Return what the running model gives."""
+        y = found[self.hook]
+        return (y @ self.target.reader.to(y) + self.target.offset.to(y)) * self.scale(found)
+
+
+def fitting_hook(model: BilinearTransformer, sae: SAE, name: str, hooks: Sequence[str]) -> str:
+    """Return the hook point of an SAE, which must be one of `hooks` and fit the model (`check_sae`).
+
+    Raises:
+        ValueError: It is at another hook point, or does not fit.
+    """
+    hook = sae.cfg.metadata.hook_name
+    if hook not in hooks:
+        raise ValueError(f"{name} must be an SAE at {' or '.join(hooks)} (cfg.metadata.hook_name), got {hook!r}")
+    check_sae(model, sae, hook, name)
+    return hook

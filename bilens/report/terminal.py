@@ -1,0 +1,113 @@
+"""What the command line prints: tables for people."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bilens.circuits.attribution import Attribution
+from bilens.circuits.couplings import CouplingTest, NegationCouplings
+from bilens.circuits.discovery import Discoveries
+from bilens.circuits.findings import Finding
+from bilens.circuits.layer import FeatureLayer
+from bilens.saes.cards import Card, FeatureCards
+from bilens.tensor.interactions import Interactions
+
+from .parts import rows_of
+
+
+def print_ranking(console: Console, lens: FeatureLayer, strongest: Interactions, n: int = 10) -> None:
+    """Print the strongest pairs of the layer."""
+    table = _table(f"strongest feature pairs of layer {lens.layer}, from the weights alone")
+    for name in ("input feature", "× input feature", "→ output feature"):
+        table.add_column(name, max_width=34, overflow="ellipsis", no_wrap=True)
+    table.add_column("coefficient", justify="right")
+    for o, i, j, value in rows_of(strongest, n):
+        names = (lens.name("inp", i), lens.name("inp", j), lens.name("out", o))
+        table.add_row(*map(escape, names), f"{value:+.3f}")
+    console.print(table)
+
+
+def print_findings(console: Console, found: Discoveries, findings: Sequence[Finding]) -> None:
+    """Print what was found in the output features that the report shows in detail."""
+    outs = len({one.out for one in found.found})
+    console.print(f"{len(found.found)} motifs in {outs} of {len(found.score)} output features, FDR {found.fdr:g}")
+    table = _table(
+        "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
+    )
+    left = console.width - 62  # what the numbers leave
+    table.add_column("output feature", max_width=min(max(left, 12), 36), overflow="ellipsis", no_wrap=True)
+    table.add_column("motif", no_wrap=True, min_width=8)
+    for name, width in (("q", 7), ("λ₁", 5), ("λ₂", 5), ("r active", 8), ("KL pct.", 7)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    for one in findings:
+        first = one.discoveries[0] if one.discoveries else None
+        motif = ("-", "-") if first is None else (first.motif, f"{first.q:.1e}")
+        values = [f"{value:+.2f}" for value in one.values[:2].tolist()]
+        percentile = "-" if one.tested is None else f"{one.tested.percentile['kl']:.0f}"
+        numbers = (*motif, *values, f"{one.prediction.pearson_active:.2f}", percentile)
+        table.add_row(escape(f"{one.feature} {one.label}"), *numbers)
+    console.print(table)
+
+
+def print_negation(console: Console, couplings: NegationCouplings | None, test: CouplingTest | None) -> None:
+    """Print whether negators flip sentiment: by the weights of every layer, and by the running model in this one."""
+    if couplings is None:
+        return
+    console.print("[b]sentiment negation[/b]: negators × sentiment → good less bad words; a negative z flips")
+    for one, q in zip(couplings.layers, couplings.q.tolist(), strict=True):
+        sizes = f"{len(one.left.features)} × {len(one.right.features)} features"
+        console.print(f"  layer {one.layer}: {sizes}, z = {one.z[0]:+.2f}, q = {q:.2g}", markup=False)
+    if test is not None:
+        ranks = test.percentile
+        console.print(
+            f"  without their products in layer {test.coupling.layer}: predicted and measured change correlate "
+            f"{test.correlation:.3f}; KL at percentile {ranks['kl']:.0f}, loss at {ranks['loss']:.0f} of "
+            f"{len(test.scale)} random groups"
+        )
+
+
+def print_attribution(console: Console, lens: FeatureLayer, found: Attribution, k: int) -> None:
+    """Print the strongest pairs at one position, and the sums of all kinds of terms."""
+    place, word, target = found.places.position[0].item(), found.places.word(0), found.target.name
+    if found.target.kind == "feature":
+        target += f" ({lens.name('out', found.target.index)})"
+    table = _table(f"{target} at {place} {word!r}, layer {found.layer}: pairs that add or take away most")
+    for name in ("input feature", "× input feature"):
+        table.add_column(name, max_width=44, overflow="ellipsis", no_wrap=True)
+    table.add_column("adds", justify="right")
+    for term in found.top(k):
+        table.add_row(*map(escape, term.labels), f"{term.value:+.4f}")
+    console.print(table)
+    for name, value in found.sums.items():
+        console.print(f"  {name:18} {value.item():+.5f}", markup=False)
+
+
+def print_cards(console: Console, made: FeatureCards, found: Sequence[Card]) -> None:
+    """Print cards: in full up to three, otherwise a line each."""
+    console.print(f"{made!r}", markup=False)
+    if len(found) > 3:
+        table = _table("features")
+        for name in ("feature", "active", "promotes", *(escape(f"AUROC {label}") for label in made.labels)):
+            table.add_column(name, max_width=44, overflow="ellipsis", no_wrap=True)
+        for card in found:
+            promoted = ", ".join(list(card.promoted)[:4])
+            told = [f"{value:.2f}" for value in card.auroc.values()]
+            table.add_row(escape(f"{card.feature} {card.name}"), f"{100 * card.density:.2f} %", escape(promoted), *told)
+        console.print(table)
+        return
+    for card in found:
+        told = f"active at {100 * card.density:.2f} % of positions, {card.mean:.2f} on average there"
+        told += "".join(f", AUROC for {label} {value:.2f}" for label, value in card.auroc.items())
+        console.print(f"{card.feature}: {card.name}", style="bold", markup=False)
+        console.print(f"  {told}", markup=False)
+        for verb, some in (("promotes", card.promoted), ("demotes", card.demoted)):
+            tokens = ", ".join(f"{token} {effect:+.2f}" for token, effect in some.items())
+            console.print(f"  {verb} {tokens or 'nothing'}", markup=False)
+        for context in card.contexts:
+            console.print(f"    {context}", markup=False)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left")

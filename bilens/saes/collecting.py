@@ -1,0 +1,272 @@
+"""Make feature cards: one pass over a dataset makes those of any number of SAEs.
+
+It is streamed, so the dataset may be larger than memory, and resumes where it was killed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy.stats import rankdata
+from torch import Tensor
+from tqdm import tqdm
+
+from bilens.models.files import atomic_write, fingerprint
+from bilens.models.layers import RMSNorm
+from bilens.models.transformer import BilinearTransformer
+from bilens.models.windows import Windows, holds_text, layer_of, observed
+
+from .cards import FILE, FeatureCards
+from .directions import check_sae, writers
+from .peaks import ContextTally
+
+if TYPE_CHECKING:
+    from .stored import SAE
+
+# The edges of the histogram's bins; there is one more bin on either side, and one for negatives.
+EDGES = tuple(2 ** (i / 2) for i in range(-12, 13))
+CHUNK = 256  # texts between two saves
+TOKENS = 10  # by logit effect, of either sign
+
+
+@torch.no_grad()
+def collect(
+    model: BilinearTransformer,
+    saes: Mapping[str, "SAE"],
+    dataset: Iterable[str | Mapping[str, Any] | None],
+    *,
+    folder: str | Path | None = None,
+    text: str = "text",
+    label: str | None = None,
+    n: int = 8,
+) -> dict[str, FeatureCards]:
+    """Make the cards of all features of some SAEs in one pass over a dataset.
+
+    The AUROC of a label is that of the feature's mean activation over a text, for texts of the label against those of
+    other labels, ties counting half; texts without a label (`None`) do not count for it. Empty texts, `None` too, count
+    for nothing. Progress is shown.
+
+    Args:
+        model: The model.
+        saes: SAEs by hook point, on any device and in any dtype.
+        dataset: Texts; or rows with a column of texts, such as a `datasets` dataset, which may be streamed.
+        folder: Where progress is kept, and each SAE's cards in a subfolder named by its hook point. Killed, the same
+            call resumes to the same cards. `None` keeps nothing.
+        text: Column of the texts.
+        label: Column of the labels; none if `None`.
+        n: Contexts per feature, at most one per window of text.
+
+    Returns:
+        The cards by hook point. Memory: `n_features · (16 n + n_texts)` numbers for each SAE, the latter with labels.
+
+    Raises:
+        ValueError: An SAE of another width, hook point or model; rows without the columns, or with something else than
+            text; no text; a `folder` of another run.
+    """
+    if not saes:
+        raise ValueError("saes must hold at least one SAE by its hook point, got none")
+    for hook, sae in saes.items():
+        check_sae(model, sae, hook)
+    about = {"model": fingerprint(model), "label": label or ""}
+    tallies = {hook: _Tally.empty(sae, n) for hook, sae in saes.items()}
+    about |= {hook: f"{fingerprint(sae)} n={n}" for hook, sae in saes.items()}
+    run = _Run(about, tallies)
+    state = None if folder is None else Path(folder) / "state.safetensors"
+    if state is not None and state.exists():
+        run.load(state)
+    rows, bar = iter(_rows(dataset, text, label)), tqdm(desc="texts", unit="")
+    _skip(run, rows, state)
+    bar.update(run.n_texts)
+    while some := list(islice(rows, CHUNK)):
+        _take_in(model, saes, run, some)
+        bar.update(len(some))
+        if state is not None:
+            run.save(state)
+    bar.close()
+    if not run.positions:
+        raise ValueError("dataset must hold a text that is not empty, got none")
+    cards = {hook: _cards(model, saes[hook], hook, tally, run) for hook, tally in tallies.items()}
+    if folder is not None:
+        for hook, one in cards.items():
+            one.save(Path(folder) / hook / FILE)
+    return cards
+
+
+class _Text(NamedTuple):
+    text: str
+    label: str | None
+
+
+def _rows(dataset: Iterable[str | Mapping[str, Any] | None], text: str, label: str | None) -> Iterator[_Text]:
+    """Read texts, empty where there is none, and labels; a `datasets` class label by its name."""
+    feature = (getattr(dataset, "features", None) or {}).get(label)
+    named = getattr(feature, "int2str", str)
+    for index, row in enumerate([dataset] if isinstance(dataset, str) else dataset):
+        if isinstance(row, Mapping):
+            for name in filter(None, (text, label)):
+                if name not in row:
+                    raise ValueError(f"dataset must have a column {name!r}, got {', '.join(map(repr, row))}")
+            one, told = row[text], None if label is None or row[label] is None else named(row[label])
+        elif label is not None:
+            raise ValueError(f"dataset must have a column {label!r} for the labels, got texts without columns")
+        else:
+            one, told = row, None
+        if one is not None and not isinstance(one, str):
+            raise ValueError(f"dataset must hold texts, got {type(one).__name__} {one!r} in row {index}")
+        yield _Text(one or "", told)
+
+
+@dataclass(eq=False)
+class _Tally:
+    """What has been counted for one SAE."""
+
+    contexts: ContextTally
+    histogram: Int[Tensor, "feature bin"]
+    total: Float[Tensor, " feature"]  # of all activations
+    scores: list[Float[Tensor, "text feature"]] = field(default_factory=list)  # mean activations, of labelled texts
+
+    @classmethod
+    def empty(cls, sae: "SAE", n: int) -> "_Tally":
+        d_sae = sae.cfg.d_sae
+        histogram = torch.zeros(d_sae, len(EDGES) + 2, dtype=torch.int64)
+        return cls(ContextTally.empty(d_sae, n), histogram, torch.zeros(d_sae, dtype=torch.float64))
+
+    def add(self, windows: Windows, z: Float[Tensor, "row seq feature"]) -> Float[Tensor, "row feature"]:
+        """Take in windows, and return each one's sum of activations."""
+        z = self.contexts.add(windows, z)
+        row, position, feature = z.nonzero(as_tuple=True)
+        values = z[row, position, feature]
+        bins = torch.bucketize(values, torch.tensor([0.0, *EDGES]).to(z))
+        n_bins = self.histogram.shape[1]
+        counts = torch.bincount(feature * n_bins + bins, minlength=self.histogram.numel())
+        self.histogram += counts.view_as(self.histogram)
+        sums = torch.bincount(row * z.shape[2] + feature, values.double(), minlength=len(z) * z.shape[2])
+        sums = sums.view(len(z), -1)
+        self.total += sums.sum(0)
+        return sums
+
+    def tensors(self) -> dict[str, Tensor]:
+        scores = torch.cat(self.scores) if self.scores else self.total.new_zeros(0, len(self.total)).float()
+        contexts = {"tokens": self.contexts.tokens, "values": self.contexts.values, "active": self.contexts.active}
+        return contexts | {"histogram": self.histogram, "total": self.total, "scores": scores}
+
+    def restore(self, tensors: Mapping[str, Tensor], positions: int) -> None:
+        self.contexts = ContextTally(tensors["tokens"], tensors["values"], tensors["active"], positions)
+        self.histogram, self.total, self.scores = tensors["histogram"], tensors["total"], [tensors["scores"]]
+
+
+@dataclass
+class _Run:
+    """One pass: how far it is, and the tallies."""
+
+    about: dict[str, str]
+    tallies: dict[str, _Tally]
+    n_texts: int = 0
+    digest: str = ""  # of the texts so far, each hashed with the digest before it
+    labels: list[str] = field(default_factory=list)  # of the labelled texts so far
+
+    @property
+    def positions(self) -> int:
+        return next(iter(self.tallies.values())).contexts.positions
+
+    def save(self, path: Path) -> None:
+        """Write the state so that a kill at any time leaves the old one or the new one."""
+        tensors = {f"{hook}/{key}": t for hook, tally in self.tallies.items() for key, t in tally.tensors().items()}
+        about = {"about": self.about, "n_texts": self.n_texts, "digest": self.digest, "labels": self.labels}
+        about |= {"positions": self.positions}
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, {"run": json.dumps(about)})
+
+    def load(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["run"])
+            if about["about"] != self.about:
+                raise ValueError(
+                    f"folder must be of this run, but {path} is of one with another model, SAEs or arguments: remove "
+                    "it or name another folder"
+                )
+            for hook, tally in self.tallies.items():
+                keys = ("tokens", "values", "active", "histogram", "total", "scores")
+                tally.restore({key: file.get_tensor(f"{hook}/{key}") for key in keys}, about["positions"])
+        self.n_texts, self.digest, self.labels = about["n_texts"], about["digest"], about["labels"]
+
+
+def _skip(run: _Run, rows: Iterator[_Text], state: Path | None) -> None:
+    """Pass over the texts that are in the state already, and make sure that they are the same."""
+    if _chain(islice(rows, run.n_texts), "") != run.digest:
+        raise ValueError(f"dataset must begin with the {run.n_texts} texts that {state} is of, but has others")
+
+
+def _chain(texts: Iterable[_Text], digest: str) -> str:
+    """Return a hash of texts and of the hash of those before them."""
+    for one in texts:
+        digest = hashlib.sha256(f"{digest}\0{one.label}\0{one.text}".encode()).hexdigest()
+    return digest
+
+
+def _take_in(model: BilinearTransformer, saes: Mapping[str, "SAE"], run: _Run, texts: Sequence[_Text]) -> None:
+    """Run some texts and count."""
+    run.n_texts, run.digest = run.n_texts + len(texts), _chain(texts, run.digest)
+    if not any(holds_text(model, one.text) for one in texts):
+        return
+    windows = Windows.of(model, [one.text for one in texts])
+    sums = {hook: torch.zeros(len(texts), sae.cfg.d_sae, dtype=torch.float64) for hook, sae in saes.items()}
+    for rows, some, found in observed(model, windows, list(saes)):
+        for hook, sae in saes.items():
+            counted = run.tallies[hook].add(some, sae.encode(found[hook].to(sae.W_dec)))
+            sums[hook].index_add_(0, windows.text[rows].cpu(), counted)
+    text, sizes = windows.text.cpu(), windows.counts.sum(1).cpu()
+    lengths = torch.zeros(len(texts), dtype=torch.int64).index_add_(0, text, sizes)
+    labelled = (lengths > 0) & torch.tensor([one.label is not None for one in texts])
+    run.labels += [one.label for one, kept in zip(texts, labelled.tolist(), strict=True) if kept]
+    for hook, tally in run.tallies.items():
+        if labelled.any():
+            tally.scores.append((sums[hook] / lengths[:, None])[labelled].float())
+
+
+# -- what the counts say ----------------------------------------------------------------------------------------------
+
+
+def _cards(model: BilinearTransformer, sae: "SAE", hook: str, tally: _Tally, run: _Run) -> FeatureCards:
+    contexts = tally.contexts.contexts()
+    tokens, effects = _logit_effects(model, sae, hook)
+    labels = {name: run.labels.count(name) for name in sorted(set(run.labels))}
+    auroc_ = torch.full((len(contexts.density), len(labels)), torch.nan)
+    if len(labels) > 1:
+        scores, own = torch.cat(tally.scores), run.labels
+        for i, name in enumerate(labels):
+            one = torch.tensor([label == name for label in own])
+            auroc_[:, i] = auroc(scores[one], scores[~one])
+    about = {"model": run.about["model"], "sae": fingerprint(sae), "data": run.digest, "texts": str(run.n_texts)}
+    mean = (tally.total / tally.contexts.active.clamp(min=1)).float()
+    return FeatureCards(hook, contexts, tally.histogram, mean, tokens, effects, auroc_, labels, about, model)
+
+
+def _logit_effects(model: BilinearTransformer, sae: "SAE", hook: str) -> tuple[Tensor, Tensor]:
+    """Return the tokens whose logits each feature moves most, and by how much."""
+    rows = writers(sae)
+    if hook.endswith("hook_mlp_in"):
+        norm = model.blocks[layer_of(hook)].ln2
+        rows = rows / norm.weight.detach().to(rows) if isinstance(norm, RMSNorm) and norm.weight is not None else rows
+    if isinstance(model.ln_final, RMSNorm) and model.ln_final.weight is not None:
+        rows = rows * model.ln_final.weight.detach().to(rows)
+    effects = rows @ model.W_U.detach().to(rows)
+    effects -= effects.mean(1, keepdim=True)
+    n = min(TOKENS, effects.shape[1] // 2)
+    best, worst = effects.topk(n, dim=1), effects.topk(n, dim=1, largest=False)
+    return torch.cat((best.indices, worst.indices), 1).cpu(), torch.cat((best.values, worst.values), 1).cpu()
+
+
+def auroc(positive: Float[Tensor, "p feature"], negative: Float[Tensor, "n feature"]) -> Float[Tensor, " feature"]:
+    """Return the area under the ROC curve of each column: the chance that a positive exceeds a negative, ties half."""
+    ranks = torch.from_numpy(rankdata(torch.cat((positive, negative)).cpu().numpy(), axis=0)).to(positive.device)
+    n, m = len(positive), len(negative)
+    return ((ranks[:n].sum(0) - n * (n + 1) / 2) / (n * m)).to(positive.dtype)

@@ -1,0 +1,326 @@
+"""Fit SAEs to a model's activations with SAELens' trainer, and fine-tune them on the model's predictions."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from torch import Tensor
+from tqdm import tqdm
+
+from bilens.models.files import atomic_write, fingerprint
+from bilens.models.transformer import BilinearTransformer
+from bilens.models.windows import Texts, Windows, layer_of, observed
+
+from .directions import hook_of
+from .evaluation import reconstruct, splice
+from .stored import load, save
+
+
+class ActivationStream:
+    """Shuffled batches of activations, in float32, the same tokens at several hook points; resumes at any batch.
+
+    Windows are visited in a new order each epoch, run through the model a chunk at a time, and the positions of a chunk
+    shuffled; a chunk is as many windows as `chunk` says, and more where those are too short for a batch. What is left
+    of a chunk when its batches are full waits for the next epoch. Batch `n` depends on the seed and `n` alone.
+
+    Raises:
+        ValueError: Fewer positions of text than one batch holds.
+    """
+
+    def __init__(
+        self, model: BilinearTransformer, windows: Windows, hooks: Sequence[str], batch: int, seed: int, chunk: int
+    ):
+        self.model, self.windows, self.hooks = model, windows, list(hooks)
+        self.batch, self.seed, self.chunk = batch, seed, chunk
+        if (n := int(windows.counts.sum())) < batch:
+            raise ValueError(f"dataset must hold at least one batch of {batch} tokens, got {n}")
+
+    def __call__(self, first: int = 0) -> Iterator[dict[str, Float[Tensor, "position d"]]]:
+        """Yield batches from number `first` on, without end."""
+        sizes = self.windows.counts.sum(1).cpu()
+        number, epoch = 0, 0
+        while True:
+            seed = self.seed + epoch
+            for chunk in self._chunks(_shuffled(len(sizes), seed), sizes):
+                n_batches = int(sizes[chunk].sum()) // self.batch
+                if number + n_batches > first:
+                    yield from self._chunk(chunk, seed, max(0, first - number))
+                number += n_batches
+            epoch += 1
+
+    def _chunks(self, order: Int[Tensor, " row"], sizes: Int[Tensor, " row"]) -> Iterator[Int[Tensor, " some"]]:
+        """Cut the windows into chunks that hold a batch each; the last windows may not, and are left out."""
+        start, n = 0, 0
+        for stop, size in enumerate(sizes[order].tolist(), 1):
+            n += size
+            if n >= self.batch and (stop - start >= self.chunk or stop == len(order)):
+                yield order[start:stop]
+                start, n = stop, 0
+
+    def _chunk(self, chunk: Int[Tensor, " some"], seed: int, first: int) -> Iterator[dict[str, Tensor]]:
+        parts: dict[str, list[Any]] = {hook: [None] * len(chunk) for hook in self.hooks}
+        windows = self.windows[chunk.to(self.windows.tokens.device)]
+        for rows, some, seen in observed(self.model, windows, self.hooks):
+            for i, row in enumerate(rows.tolist()):
+                for hook in self.hooks:
+                    parts[hook][row] = seen[hook][i][some.counts[i]].float()
+        stacked = {hook: torch.cat(parts.pop(hook)) for hook in self.hooks}
+        order = _shuffled(int(windows.counts.sum()), seed + int(chunk[0])).to(windows.tokens.device)
+        for batch in list(order.split(self.batch))[first : len(order) // self.batch]:
+            yield {hook: stacked[hook][batch] for hook in self.hooks}
+
+
+def _shuffled(n: int, seed: int) -> Int[Tensor, " n"]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What SAEs to fit, and how."""
+
+    expansion: int = 4  # features per dimension of the activation
+    k: int = 32  # active features per position
+    tokens: int = 4_000_000  # activations to train on, per SAE
+    batch: int = 2048  # activations per step
+    lr: float = 1e-3  # Adam's peak rate; warmed up over 5 % of the steps, decayed linearly over the last 40 %
+    seed: int = 0  # of the initial weights and the order of the activations: a number, to resume from
+    autocast: bool = False  # bfloat16 matrix products: about twice as fast on recent CPUs
+
+    def __post_init__(self):
+        for name in ("expansion", "k", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tokens < self.batch:
+            raise ValueError(f"tokens must be at least one batch of {self.batch}, got {self.tokens}")
+
+
+def fit(
+    model: BilinearTransformer,
+    dataset: Texts,
+    hooks: Sequence[str],
+    folder: str | Path,
+    recipe: Recipe = Recipe(),
+    n_checkpoints: int = 10,
+) -> dict[str, SAE]:
+    """Fit top-k SAEs at several hook points from one activation stream, with SAELens' trainer.
+
+    `x̂ = W_dec TopK(ReLU(W_enc (x - b_dec) + b_enc)) + b_dec` (2410.08417, appendix G; auxiliary loss for dead features
+    as in SAELens). The decoder ends with unit rows. Progress is shown; killed, the same call resumes at the last
+    checkpoint under `folder`; finished, it loads what is there. Torch's own random numbers go on as if it had not run.
+
+    Args:
+        model: The model, in eval mode.
+        dataset: Texts, or windows of token ids. BOS and padding are left out of the activations.
+        hooks: Hook point names, e.g. `["blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out"]`.
+        folder: Where checkpoints go, and each finished SAE, in SAELens' format in a subfolder named by its hook point.
+        recipe: What SAEs, and how.
+        n_checkpoints: How many times to save on the way.
+
+    Returns:
+        The SAEs by hook point, on the model's device.
+
+    Raises:
+        ValueError: An unknown hook point, a dataset too small, or a `folder` with checkpoints of another run.
+    """
+    if model.training:
+        raise ValueError("model must be in eval mode (model.eval()), so that its activations are what users see")
+    if isinstance(hooks, str) or not hooks:
+        raise ValueError(f"hooks must be a list of hook point names, got {hooks!r}")
+    folder, device = Path(folder), model.W_E.device
+    windows = Windows.of(model, dataset)
+    stream = ActivationStream(model, windows, hooks, recipe.batch, recipe.seed, chunk=128)
+    settings = {"hooks": list(hooks), **asdict(recipe), "model": fingerprint(model), "data": _hash(windows)}
+    if all((folder / hook / "cfg.json").exists() for hook in hooks):
+        saes = {hook: load(folder, hook).to(device) for hook in hooks}
+        if any(sae.cfg.metadata.settings != settings for sae in saes.values()):
+            raise ValueError(f"folder {folder} holds SAEs fitted with other data or arguments; give another one")
+        return saes
+    with torch.random.fork_rng(devices=[]):  # SAELens draws initial weights from torch's own generator
+        torch.default_generator.manual_seed(recipe.seed)
+        trained = _trainer(model, stream, recipe, settings, folder / "checkpoints", n_checkpoints).fit()
+        saes = {hook: _finish(trained[_key(hook)], model, hook, settings) for hook in hooks}
+    for hook, sae in saes.items():
+        save(sae, folder / hook)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return saes
+
+
+def _hash(windows: Windows) -> str:
+    parts = (windows.tokens, windows.counts)
+    return hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
+
+
+def _key(hook: str) -> str:
+    return hook.replace(".", "_")
+
+
+def _trainer(
+    model: BilinearTransformer,
+    stream: ActivationStream,
+    recipe: Recipe,
+    settings: dict[str, Any],
+    checkpoints: Path,
+    n_checkpoints: int,
+) -> MultiSAETrainer:
+    """Set SAELens' trainer up, at the start or at the newest complete checkpoint."""
+    d_in, steps = model.cfg.d_model, recipe.tokens // recipe.batch
+    saes = {
+        _key(hook): TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=recipe.expansion * d_in, k=recipe.k))
+        for hook in stream.hooks
+    }
+    config = SAETrainerConfig(
+        total_training_samples=steps * recipe.batch,
+        train_batch_size_samples=recipe.batch,
+        lr=recipe.lr,
+        lr_warm_up_steps=steps // 20,
+        lr_end=recipe.lr / 10,  # of cosine schedules only, but SAELens wants it
+        lr_decay_steps=2 * steps // 5,
+        device=str(model.W_E.device),
+        autocast=recipe.autocast,
+        dead_feature_window=max(20, min(1000, steps // 10)),
+        feature_sampling_window=steps + 1,
+        n_checkpoints=n_checkpoints,
+        checkpoint_path=str(checkpoints),
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+
+    def complete(checkpoint_path: Path | None) -> None:
+        with atomic_write(checkpoint_path / "complete.json") as path:
+            path.write_text(json.dumps(settings))
+        for older in checkpoints.iterdir():
+            if older != checkpoint_path:
+                shutil.rmtree(older)
+
+    trainer = MultiSAETrainer(config, saes, {_key(hook): hook for hook in stream.hooks}, iter(()), None, complete)
+    saved = sorted(checkpoints.glob("*/complete.json"), key=lambda path: int(path.parent.name))
+    if not saved:
+        _start_at_the_mean(trainer, next(stream()))
+    elif json.loads(saved[-1].read_text()) != settings:
+        raise ValueError(f"folder {checkpoints} holds checkpoints of a run with other data or arguments; delete it")
+    else:
+        _resume(trainer, saved[-1].parent, recipe.batch)
+    trainer.data_provider = stream(trainer.n_training_steps)
+    return trainer
+
+
+def _resume(trainer: MultiSAETrainer, checkpoint: Path, batch: int) -> None:
+    """Go back to a checkpoint; SAELens saves one before it counts the step as done."""
+    trainer.load_checkpoint(checkpoint)
+    for one in trainer.trainers.values():
+        one.n_training_steps = one.n_training_samples // batch
+    trainer.n_training_steps = trainer.n_training_samples // batch
+    trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
+
+
+@torch.no_grad()
+def _start_at_the_mean(trainer: MultiSAETrainer, sample: Mapping[str, Tensor]) -> None:
+    """Scale the activations to norm sqrt(d), which SAELens folds away at the end, and centre the decoder bias."""
+    for key, hook in trainer.hook_names.items():
+        scale = math.sqrt(sample[hook].shape[1]) / sample[hook].norm(dim=1).mean().item()
+        trainer.trainers[key].activation_scaler.scaling_factor = scale
+        trainer.saes[key].b_dec.copy_(sample[hook].mean(0) * scale)
+
+
+@torch.no_grad()
+def _finish(trained: TopKTrainingSAE, model: BilinearTransformer, hook: str, settings: dict[str, Any]) -> TopKSAE:
+    """Turn a trained SAE into an inference one with unit decoder rows."""
+    trained.fold_W_dec_norm()
+    metadata = SAEMetadata(
+        hook_name=hook, context_size=model.cfg.n_ctx, prepend_bos=True, settings=settings, model_name="bilens"
+    )
+    cfg = TopKSAEConfig(d_in=trained.cfg.d_in, d_sae=trained.cfg.d_sae, k=trained.cfg.k, metadata=metadata)
+    sae = TopKSAE(cfg).to(trained.W_dec.device)
+    sae.load_state_dict({name: weight.detach().clone() for name, weight in trained.state_dict().items()})
+    return sae.eval()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to fine-tune an SAE."""
+
+    tokens: int = 500_000  # token positions to train on, padding counted
+    windows: int = 16  # windows of text per step
+    lr: float = 6e-4  # Adam's rate, decayed linearly to zero
+    fvu_weight: float = 0.1  # weight of the fraction of variance unexplained
+    seed: int = 0  # of the order of the windows
+    autocast: bool = False  # bfloat16 matrix products
+
+
+def finetune(
+    model: BilinearTransformer,
+    sae: SAE,
+    dataset: Texts,
+    hook: str | None = None,
+    tuning: Tuning = Tuning(),
+) -> SAE:
+    """Fine-tune a fitted SAE, in place, on what its reconstruction does to the model's predictions.
+
+    Minimises `KL(p ‖ p_spliced) + fvu_weight · FVU`: a short run takes away part of the loss that splicing adds, which
+    a fit to the activations alone leaves, for a little more FVU. Decoder rows keep unit norm; the model is not changed,
+    nor its gradients.
+
+    Args:
+        model: The model, in eval mode.
+        sae: A top-k SAE with unit decoder rows, as `fit` returns.
+        dataset: Texts, or windows of token ids. BOS and padding are not spliced.
+        hook: Where it goes; by default where it says it was fitted.
+        tuning: How.
+    """
+    hook, windows = hook_of(sae, hook), Windows.of(model, dataset)
+    steps = max(1, tuning.tokens // (tuning.windows * windows.tokens.shape[1]))
+    generator = torch.Generator().manual_seed(tuning.seed)
+    epochs = math.ceil(steps * tuning.windows / len(windows))
+    picked = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+    picked = picked.to(windows.tokens.device)
+    parameters = list(sae.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=tuning.lr)
+    progress = tqdm(range(steps), desc=f"fine-tuning {hook}")
+    for step in progress:
+        some = windows[picked[step * tuning.windows : (step + 1) * tuning.windows]].trim()
+        optimizer.param_groups[0]["lr"] = tuning.lr * (1 - step / steps)
+        with torch.autocast(model.W_E.device.type, torch.bfloat16, enabled=tuning.autocast):
+            divergence, fvu = _splicing_loss(model, sae, hook, some)
+        gradients = torch.autograd.grad(divergence + tuning.fvu_weight * fvu.to(divergence), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        progress.set_postfix(kl=f"{divergence.item():.4f}", fvu=f"{fvu.item():.3f}")
+    return sae.eval()
+
+
+def _splicing_loss(
+    model: BilinearTransformer, sae: SAE, hook: str, windows: Windows
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the divergence of the spliced model's predictions from its own, per position, and the batch's FVU."""
+    seen, layer = {}, layer_of(hook)
+
+    def reconstructed(x: Tensor) -> Tensor:
+        seen["x"], seen["new"] = x.detach(), reconstruct(sae, x.detach())
+        return seen["new"]
+
+    def predictions() -> Tensor:
+        logits = model(resid, attention_mask=windows.attend, start_at_layer=layer)
+        return logits[windows.counts].log_softmax(-1)
+
+    with torch.no_grad():
+        resid = model(windows.tokens, attention_mask=windows.attend, stop_at_layer=layer)
+        clean = predictions()
+    with model.hooks(fwd_hooks=[(hook, splice(reconstructed, windows.counts))]):
+        spliced = predictions()
+    x, new = (seen[name][windows.counts].float() for name in ("x", "new"))
+    divergence = torch.nn.functional.kl_div(spliced.float(), clean.float(), log_target=True, reduction="batchmean")
+    return divergence, (x - new).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
