@@ -16,6 +16,7 @@ from torch import Tensor
 from train_language import Ends, encode, held_out_rows, is_held_out, read_corpus
 
 import bilens
+from bilens.tensor.statistics import pearson
 
 BATCH = 32
 
@@ -58,7 +59,7 @@ class Pronouns:
 def without_product(pronouns: Pronouns, directions: Tensor) -> Iterator[None]:
     """Take `2 a b B(d_0, d_1)` out of what the layer writes, a and b the input's coordinates along two directions."""
     model, name = pronouns.model, f"blocks.{pronouns.layer}"
-    term = 2 * model.blocks[pronouns.layer].mlp.tensor().project(inp=directions).dense()[:, 0, 1]
+    term = 2 * model.blocks[pronouns.layer].mlp.tensor().polar(*directions)
     coordinates, seen = torch.linalg.pinv(directions), {}
 
     def look(x: Tensor, hook: object) -> None:
@@ -106,11 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     inputs = test.inputs()
     coordinates = inputs[:, :-1] @ torch.linalg.pinv(directions)
     predicted = -2 * Q[0, 1] * coordinates.prod(-1) / inputs[:, -1]
-    correlation = torch.corrcoef(torch.stack((predicted, change)))[0, 1]
     after = before + change
     print(
         f"margin at {len(before)} positions {(test.sign * before).mean():.3f}, without the product "
-        f"{(test.sign * after).mean():.3f}; predicted and measured change correlate {correlation:.3f}, "
+        f"{(test.sign * after).mean():.3f}; predicted and measured change correlate {pearson(predicted, change):.3f}, "
         f"slope {predicted @ change / (predicted @ predicted):.2f}"
     )
     generator, length = torch.Generator().manual_seed(0), difference.norm()

@@ -74,6 +74,7 @@ class Discoveries:
         return plain(about | {"fdr": self.fdr, "found": [one.to_dict() for one in self.found]})
 
 
+# nine parameters: what is asked, of what, against what, and how finely; no two of them go together
 @torch.no_grad()
 def search(
     layer: Layer | tuple[BilinearTensor, Float[Tensor, "n_out out"], Float[Tensor, "n_in inp"]],

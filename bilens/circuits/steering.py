@@ -38,6 +38,7 @@ class Steering:
         )
 
 
+# eight parameters: what is added, to which prompts, what is read, and against what
 @torch.no_grad()
 def steering(
     lens: FeatureLayer,
