@@ -437,7 +437,7 @@ def test_a_model_without_a_tokenizer_takes_ids(make_model, inp, out):
         ({"text": []}, "texts must hold at least one text .*got none"),
         ({"text": torch.zeros(0, dtype=torch.long)}, "texts must hold at least one token id"),
         ({"text": ["once", "cat " * 32]}, "text must fit the context of 32 tokens, got more of them as text 1"),
-        ({"text": torch.tensor([1])}, "text must hold a token besides BOS, got none"),
+        ({"text": torch.tensor([1])}, "texts must hold at least one token besides BOS and padding, got none"),
         ({"position": 5}, "position must lie between -5 and 4 in text 0, got 5"),
         ({"position": -6}, "position must lie between -5 and 4 in text 0, got -6"),
         ({"text": ["the cat sat", "once"], "position": 3}, "position must lie between -2 and 1 in text 1, got 3"),

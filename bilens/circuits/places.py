@@ -64,8 +64,6 @@ def locate(
     if not isinstance(text, Tensor):
         _check_whole(model, [text] if isinstance(text, str) else text, windows)
     row, where = (windows.counts if position is None else _at(position, windows.attend)).nonzero(as_tuple=True)
-    if not len(row):
-        raise ValueError("text must hold a token besides BOS, got none")
     kept = [one[mask] for one, mask in zip(windows.tokens, windows.attend, strict=True)]
     named = model.tokenizer is not None
     words = tuple(tuple(model.to_str_tokens(one) if named else map(str, one.tolist())) for one in kept)
