@@ -3,6 +3,7 @@
 import random
 from itertools import pairwise
 
+import datasets
 import pytest
 import torch
 from test_circuits import random_sae
@@ -11,7 +12,8 @@ from bilens import saes
 from bilens.circuits import FeatureLayer
 from bilens.models.files import fingerprint
 from bilens.models.windows import Windows, observe
-from bilens.saes import FeatureCards, auroc, collect, collecting
+from bilens.saes import FeatureCards, auroc, collect, collecting, stored
+from bilens.saes import cards as records
 
 HOOKS = ("blocks.0.hook_mlp_in", "blocks.1.hook_mlp_out")
 WORDS = ("the", "cat", "dog", "sat", "ran", "on", "mat", "once", "saw", "big")
@@ -79,6 +81,32 @@ def test_auroc_is_that_of_mean_activations_over_labelled_texts(model, fitted, ro
     torch.testing.assert_close(one.auroc.sum(1), torch.ones(40))
 
 
+def test_empty_texts_count_for_nothing(model, fitted, rows, found):
+    null, unlabelled, empty = (
+        {"text": text, "kind": kind} for text, kind in ((None, "good"), (None, None), ("", "bad"))
+    )
+    gaps = [null, *rows[:20], empty, unlabelled, *rows[20:]]
+    again = collect(model, fitted, datasets.Dataset.from_list(gaps), label="kind")
+    for hook in HOOKS:
+        assert torch.equal(again[hook].contexts.tokens, found[hook].contexts.tokens)
+        assert torch.equal(again[hook].histogram, found[hook].histogram)
+        assert torch.equal(again[hook].auroc, found[hook].auroc)
+        assert again[hook].labels == found[hook].labels
+        assert again[hook].provenance["texts"] == "44"
+
+
+def test_one_text_is_a_text(model, fitted):
+    ones = [collect(model, fitted, texts)[HOOKS[0]] for texts in ("the cat sat", ["the cat sat"])]
+    assert torch.equal(ones[0].contexts.tokens, ones[1].contexts.tokens)
+    assert ones[0].provenance["texts"] == "1"
+
+
+def test_auroc_counts_ties_half():
+    positive, negative = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[2.0], [0.0]])
+    wins = sum((p > n) + 0.5 * (p == n) for p in [1, 2, 2] for n in [2, 0])
+    assert auroc(positive, negative).item() == pytest.approx(wins / 6)
+
+
 def test_tokens_are_those_whose_logits_move_most(model, fitted, found):
     hook = HOOKS[1]
     effects = saes.writers(fitted[hook]) @ model.W_U.detach()
@@ -124,6 +152,26 @@ def test_cards_are_read_beside_their_sae(model, make_model, fitted, found, tmp_p
     assert reread.provenance == found[hook].provenance
     with pytest.raises(ValueError, match="another hash"):
         FeatureCards.load(tmp_path, hook, make_model(seed=5, dtype=torch.float32))
+
+
+def test_a_killed_write_leaves_the_old_file(fitted, found, tmp_path, monkeypatch):
+    hook = HOOKS[0]
+    writes = [
+        (records, lambda: found[hook].save(tmp_path / "cards" / saes.FILE)),
+        (stored, lambda: saes.save(fitted[hook], tmp_path / "sae", torch.bfloat16)),
+    ]
+
+    def killed(tensors, path, *args):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    for room, write in writes:
+        write()
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        monkeypatch.setattr(room, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_groups_are_found_and_named_by_words_and_labels(model, fitted, rows, found):
@@ -180,6 +228,12 @@ def test_errors_name_the_argument(model, fitted, rows, found, tmp_path):
         collect(model, fitted, rows, text="body")
     with pytest.raises(ValueError, match="got texts without columns"):
         collect(model, fitted, ["the cat"], label="kind")
+    with pytest.raises(ValueError, match=r"dataset must hold texts, got float 0\.5 in row 1"):
+        collect(model, fitted, [{"text": "the"}, {"text": 0.5}])
+    with pytest.raises(ValueError, match=r"dataset must hold texts, got list \['the'\] in row 0"):
+        collect(model, fitted, [["the"]])
+    with pytest.raises(ValueError, match="saes must hold at least one SAE"):
+        collect(model, {}, rows)
     with pytest.raises(ValueError, match="dataset must hold a text that is not empty"):
         collect(model, fitted, [" ", ""])
     with pytest.raises(ValueError, match=r"fitted at blocks\.0\.hook_mlp_in, got one of blocks\.1\.hook_mlp_out"):

@@ -1,10 +1,14 @@
 """SAEs: the published ones, fitting, evaluation, contexts."""
 
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from far import FAR, Far, is_far, send
+from sae_lens import TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file, save_file
 
 from bilens import saes
@@ -98,8 +102,6 @@ def test_a_config_that_contradicts_the_tensors_is_refused(scope_folder):
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_readers_writers_and_offsets_say_what_the_sae_computes(rescale):
-    from sae_lens import TopKSAE, TopKSAEConfig
-
     sae = TopKSAE(TopKSAEConfig(d_in=6, d_sae=9, k=9, rescale_acts_by_decoder_norm=rescale))
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -181,14 +183,45 @@ def test_the_stream_resumes_at_any_batch(model, windows):
         torch.testing.assert_close(next(stream(first))[HOOKS[0]], straight[first][HOOKS[0]], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("lengths", [[2] * 30, [6] * 4 + [1] * 30, [1] * 23], ids=["short", "a few long", "one batch"])
+def test_windows_too_short_for_a_batch_are_gathered(model, lengths):
+    rows = [[model.bos_id, *range(3, 3 + n)] for n in lengths]
+    windows = Windows.of(model, rows)
+    batches = islice(saes.ActivationStream(model, windows, ["hook_embed"], 23, seed=0, chunk=4)(), 6)
+    known, counts = model.W_E.detach(), torch.bincount(windows.tokens[windows.counts], minlength=model.cfg.d_vocab)
+    for batch in batches:
+        assert batch["hook_embed"].shape == (23, 16)
+        ids = torch.cdist(batch["hook_embed"], known).argmin(1)
+        torch.testing.assert_close(batch["hook_embed"], known[ids])
+        assert (torch.bincount(ids, minlength=model.cfg.d_vocab) <= counts).all()  # no position twice
+
+
+def test_fitting_and_loading_leave_torchs_random_numbers_alone(model, windows, tmp_path, scope_folder):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one = fit(model, windows, tmp_path / "one", tokens=500)
+    saes.load(tmp_path / "one", HOOKS[0])
+    saes.load_scope(scope_folder[0], "1-mlp-out-x2-k20")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    two = fit(model, windows, tmp_path / "two", tokens=500)
+    assert torch.equal(one[HOOKS[0]].W_enc, two[HOOKS[0]].W_enc)
+    three = fit(model, windows, tmp_path / "three", tokens=500, seed=1)
+    assert not torch.equal(one[HOOKS[0]].W_enc, three[HOOKS[0]].W_enc)
+
+
 def test_fine_tuning_lowers_the_divergence_and_leaves_the_model_alone(model, windows, fitted):
     sae = fitted[0][HOOKS[1]]
     before, weights = saes.evaluate(model, sae, windows), fingerprint(model)
+    model.blocks[1].mlp.down.grad = mine = torch.ones_like(model.blocks[1].mlp.down)
     saes.finetune(model, sae, windows, tuning=Tuning(16 * 8 * 60, windows=8, lr=3e-3, fvu_weight=0.0))
     after = saes.evaluate(model, sae, windows)
     assert abs(after.loss_spliced - after.loss) < 0.8 * abs(before.loss_spliced - before.loss)
     assert fingerprint(model) == weights
-    assert all(parameter.grad is None for parameter in model.parameters())
+    given = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(given) == 1
+    assert given[0] is mine
+    assert torch.equal(mine, torch.ones_like(mine))
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
 
 
@@ -236,15 +269,88 @@ def test_contexts_are_the_strongest_positions(model, fitted):
     assert word in found.top_tokens(feature, model)
 
 
+TEXTS = ["the cat sat", "once upon a time the big dog ran and the cat saw", "a dog ran", "the mat"]
+
+
+def as_numbers(evaluation):
+    return torch.tensor([float(value) for value in vars(evaluation).values()], dtype=torch.float64)
+
+
+def test_padding_and_batches_change_nothing(model, fitted):
+    sae = fitted[0][HOOKS[1]]
+    whole = as_numbers(saes.evaluate(model, sae, TEXTS))
+    for same in (
+        saes.evaluate(model, sae, TEXTS, batch=1),  # nothing is padded
+        saes.evaluate(model, sae, model.to_tokens(TEXTS)),
+        saes.evaluate(model, sae, [{"text": text} for text in (None, *TEXTS, "")]),
+    ):
+        torch.testing.assert_close(as_numbers(same), whole, rtol=1e-5, atol=1e-6)
+    ones, tokens = saes.contexts(model, sae, TEXTS, batch=1), saes.contexts(model, sae, model.to_tokens(TEXTS))
+    for found in (saes.contexts(model, sae, TEXTS, batch=3), tokens):
+        torch.testing.assert_close(found.values[:, :, found.peak], ones.values[:, :, ones.peak])
+        torch.testing.assert_close(found.density, ones.density)
+
+
+def test_the_model_runs_on_its_own_device_and_the_sae_on_its_own(model, fitted):
+    sae, hook = fitted[0][HOOKS[1]], HOOKS[1]
+    here = as_numbers(saes.evaluate(model, sae, TEXTS)), saes.contexts(model, sae, TEXTS)
+    send(model)
+    for _ in range(2):
+        with Far():
+            assert model.W_E.device == FAR
+            assert is_far(next(saes.ActivationStream(model, Windows.of(model, TEXTS), [hook], 5, 0, 2)())[hook])
+            there = as_numbers(saes.evaluate(model, sae, TEXTS)), saes.contexts(model, sae, TEXTS)
+            cards = saes.collect(model, {hook: sae}, TEXTS)[hook]
+        torch.testing.assert_close(there[0], here[0])
+        torch.testing.assert_close(there[1].values, here[1].values)
+        torch.testing.assert_close(cards.contexts.values, here[1].values)
+        send(sae)
+    with Far(), pytest.raises(AssertionError, match="mixes devices"):
+        model.W_E + torch.ones(16)
+
+
+def test_an_sae_is_checked_in_one_place(make_model, model, fitted):
+    sae, hook = fitted[0][HOOKS[1]], HOOKS[1]
+    saes.check_sae(model, sae, hook)
+    saes.check_sae(make_model(dtype=torch.float32).double(), sae, hook)  # the same weights
+    with pytest.raises(ValueError, match=r"the SAE at blocks\.1\.hook_mlp_out must be one of this model"):
+        saes.check_sae(make_model(seed=1, dtype=torch.float32), sae, hook)
+    with pytest.raises(ValueError, match=r"inp must be one that was fitted at blocks\.0\.hook_mlp_out, got one"):
+        saes.check_sae(model, sae, "blocks.0.hook_mlp_out", "inp")
+    with pytest.raises(ValueError, match=r"must read 24 dimensions \(d_model\), got an SAE with d_in=16"):
+        saes.check_sae(make_model(d_model=24), sae, hook)
+    sae.cfg.normalize_activations = "layer_norm"
+    with pytest.raises(ValueError, match="must not normalise what it reads, got normalize_activations='layer_norm'"):
+        saes.collect(model, {hook: sae}, TEXTS)
+
+
+def test_half_precision_copies_are_the_same_model(model, windows, fitted):
+    sae = fitted[0][HOOKS[0]]
+    coarse = model.to(torch.bfloat16).to(torch.float32)
+    sae.cfg.metadata.settings = {"model": fingerprint(coarse)}
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        copy = model.to(dtype)
+        saes.check_sae(copy, sae, HOOKS[0])
+        assert saes.evaluate(copy, sae, windows).tokens == 600
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors_name_the_argument(model, windows, tmp_path):
     with pytest.raises(ValueError, match="hooks must be a list"):
         saes.fit(model, windows, "blocks.0.hook_mlp_in", tmp_path)
     with pytest.raises(ValueError, match="no hook point is named"):
         saes.fit(model, windows, ["blocks.0.mlp_in"], tmp_path, Recipe(tokens=100, batch=100))
+    with pytest.raises(ValueError, match="dataset must hold at least one batch of 700 tokens, got 600"):
+        saes.fit(model, windows, HOOKS, tmp_path, Recipe(tokens=700, batch=700))
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        Recipe(k=0)
+    with pytest.raises(ValueError, match="tokens must be at least one batch of 2048, got 100"):
+        replace(Recipe(), tokens=100)
     with pytest.raises(ValueError, match="eval mode"):
         saes.fit(model.train(), windows, HOOKS, tmp_path)
     with pytest.raises(ValueError, match="which must be"):
         saes.readers(None, "rows")
+    with pytest.raises(ValueError, match="hook must name a hook point for an SAE that does not say"):
+        saes.evaluate(model, TopKSAE(TopKSAEConfig(d_in=16, d_sae=8, k=2)), windows)
     with pytest.raises(FileNotFoundError, match="no SAE for"):
         saes.load(tmp_path, "blocks.9.hook_mlp_in")

@@ -13,8 +13,6 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .fitting import ActivationStream as ActivationStream
 from .fitting import Recipe as Recipe
-from .fitting import Tuning as Tuning
-from .fitting import finetune as finetune
 from .fitting import fit as fit
 from .peaks import Contexts as Contexts
 from .peaks import ContextTally as ContextTally
@@ -28,3 +26,5 @@ from .stored import load as load
 from .stored import load_scope as load_scope
 from .stored import sae_folder as sae_folder
 from .stored import save as save
+from .tuning import Tuning as Tuning
+from .tuning import finetune as finetune
