@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .bilinear import BilinearTensor, with_constant
-from .decompositions import screen_dtype
+from .precision import screen_dtype
 
 SAVE_EVERY = 1.0  # seconds between two checkpoints
 _SHAPES = 24  # tiles of so many widths at most
