@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch.utils.benchmark import Timer
 
-SCREENS = (torch.float32, torch.bfloat16)  # devices sum products of these in float32; the first wins a tie
+SCREENS = (torch.float32, torch.bfloat16)  # devices sum products of these in float32
 _LEAST_TIME = 1e-3  # seconds of float32: long beside the start of a kernel
 _SIDES = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -28,8 +28,12 @@ def product_rates(device: torch.device) -> dict[torch.dtype, float]:
 
 def screen_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of `SCREENS` whose products are faster on this device."""
-    rates = product_rates(device)
-    return max(SCREENS, key=rates.__getitem__)
+    return fastest(product_rates(device))
+
+
+def fastest(rates: dict[torch.dtype, float]) -> torch.dtype:
+    """Return the dtype of the highest rate; the first wins a tie."""
+    return max(rates, key=rates.__getitem__)
 
 
 def _seconds(side: int, dtype: torch.dtype, device: torch.device) -> float:
