@@ -188,7 +188,7 @@ def _signs(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
 # -- CP ---------------------------------------------------------------------------------------------------------------
 
 
-def cp(
+def cp(  # eight parameters: each of the last six is a choice of the fit, with a default
     B: BilinearTensor,
     rank: int,
     *,
