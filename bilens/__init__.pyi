@@ -21,10 +21,8 @@ from .tensor.comparison import quadratic_form_similarity as quadratic_form_simil
 from .tensor.comparison import similarity as similarity
 from .tensor.comparison import similarity_matrix as similarity_matrix
 from .tensor.decompositions import Eigen as Eigen
-from .tensor.decompositions import TopOutputs as TopOutputs
 from .tensor.decompositions import eigen as eigen
 from .tensor.decompositions import spectrum_in_basis as spectrum_in_basis
-from .tensor.decompositions import top_outputs as top_outputs
 from .tensor.factorizations import CP as CP
 from .tensor.factorizations import HOSVD as HOSVD
 from .tensor.factorizations import cp as cp
@@ -33,6 +31,8 @@ from .tensor.factorizations import recompose as recompose
 from .tensor.interactions import Certificate as Certificate
 from .tensor.interactions import Interactions as Interactions
 from .tensor.interactions import top_interactions as top_interactions
+from .tensor.outputs import TopOutputs as TopOutputs
+from .tensor.outputs import top_outputs as top_outputs
 from .tensor.polynomials import Degree as Degree
 from .tensor.polynomials import check_quadratic as check_quadratic
 from .tensor.polynomials import degree as degree

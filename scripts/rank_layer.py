@@ -16,8 +16,6 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -27,7 +25,7 @@ import torch.distributed as dist
 
 import bilens
 from bilens import saes
-from bilens.models.files import fingerprint
+from bilens.models.files import atomic_write, fingerprint
 
 ARGUMENTS = ("layer", "k", "per_output", "exclude_self", "format")
 
@@ -100,24 +98,16 @@ def check_folder(folder: Path, manifest: dict) -> None:
         )
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to that becomes the file at the end, so that a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=1))
 
 
 def write_table(path: Path, found: bilens.Interactions) -> str:
     """Write a ranking as parquet or csv; return its hash."""
-    columns = {name: part.cpu().tolist() for name, part in found._asdict().items()}
-    with replacing(path) as partial:
+    columns = found.to_dict()
+    with atomic_write(path) as partial:
         if path.suffix == ".csv":
             with partial.open("w", newline="") as file:
                 writer = csv.writer(file)

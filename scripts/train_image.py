@@ -19,6 +19,7 @@ from bilens.images import classifiers
 from bilens.images import sets as imagesets
 from bilens.images.classifiers import ImageClassifier, Recipe
 from bilens.images.sets import ImageSet
+from bilens.models.files import atomic_write
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +58,8 @@ def run(data: str, train: ImageSet, test: ImageSet, out: Path, recipe: Recipe, *
         "loss by epoch": [round(loss, 5) for loss in history.loss],
         "noisy train accuracy by epoch": [round(part, 5) for part in history.accuracy],
     }
-    record_file.write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_write(record_file) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
     (out / "checkpoint.safetensors").unlink()
     return model
 

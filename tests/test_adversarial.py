@@ -227,7 +227,7 @@ def test_a_tensor_from_raw_arrays_is_attacked_like_its_classifier(model, train, 
 
 def test_a_permutation_of_an_edge_mask_stays_on_its_pixels():
     mask = torch.tensor([0, 1.0, 0, -2, 3, 0])
-    permuted = torch.stack([adversarial._permuted(mask, "edge", generator(seed)) for seed in range(20)])
+    permuted = torch.stack([adversarial.permuted(mask, "edge", generator(seed)) for seed in range(20)])
     assert not permuted[:, [0, 2, 5]].any()
     assert (permuted.sort(1).values == mask.sort().values).all()
     assert len(permuted.unique(dim=0)) > 3

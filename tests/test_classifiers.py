@@ -205,6 +205,29 @@ def test_files_hold_the_model_bit_for_bit(tmp_path):
     assert torch.equal(loaded.double()(draw(4, 12)), model(draw(4, 12)))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "read"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_files_keep_the_dtype_or_widen_it(tmp_path, dtype, read):
+    model = random_model(bias=True)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).double().div(3)
+    classifiers.save(model.to(dtype), tmp_path)
+    loaded = classifiers.load(tmp_path)
+    for (name, one), (_, other) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
+        assert one.dtype == read, name
+        assert torch.equal(one, other.to(read)), name
+
+
+def test_files_of_several_dtypes_are_refused(tmp_path):
+    model = random_model(bias=True)
+    model.head.float()
+    classifiers.save(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"must be of one floating dtype, got torch\.float32, torch\.float64"):
+        classifiers.load(tmp_path)
+
+
 def test_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         classifiers.load(tmp_path)

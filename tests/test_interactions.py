@@ -4,15 +4,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bilens import BilinearTensor, top_interactions
-from bilens.tensor import interactions
+from bilens.tensor import interactions, precision, state
+from bilens.tensor.budget import Plan
+from bilens.tensor.screening import Block
+from bilens.tensor.sharding import check_group
+from bilens.tensor.state import State
+from bilens.tensor.streaming import Streamed
 
 
 def integers(g, *shape, high=2):
@@ -43,7 +50,13 @@ def brute_force(B, out=None, inp=None):
 
 
 def listed(found):
-    return list(zip(found.value.tolist(), *(part.tolist() for part in found[:3]), strict=True))
+    return list(
+        zip(found.value.tolist(), *(part.tolist() for part in (found.out, found.left, found.right)), strict=True)
+    )
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def in_pieces(g):
@@ -51,14 +64,20 @@ def in_pieces(g):
     some = [int(torch.randint(1, high, (), generator=g)) for high in (4, 4, 6, 12, 30)]
     rows = 2 ** int(torch.randint(0, 6, (), generator=g))
     cube, (outputs, more, inputs, align, look) = bool(torch.randint(2, (), generator=g)), some
-    return lambda search, memory: interactions._Plan(
-        rows, cube and search.readers is not None, outputs * more, outputs, min(inputs, search.n_in), align, look
+    return lambda search, memory: Plan(
+        rows,
+        cube and search.layer.readers is not None,
+        outputs * more,
+        outputs,
+        min(inputs, search.layer.n_in),
+        align,
+        look,
     )
 
 
 @pytest.fixture
 def plan(monkeypatch):
-    return lambda g: monkeypatch.setattr(interactions._Plan, "of", in_pieces(g))
+    return lambda g: monkeypatch.setattr(Plan, "of", in_pieces(g))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,7 +127,7 @@ def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen,
     expected = brute_force(B.to(torch.float64), out, inp)[:k]
     exact = {tuple(pair): value for value, *pair in brute_force(B.to(torch.float64), out, inp)}
     tolerance = 1e-11 if wide else 1e-6
-    assert len(found.value) == len(expected) == len(set(zip(*(part.tolist() for part in found[:3]), strict=True)))
+    assert len(found.value) == len(expected) == len({tuple(pair) for _, *pair in listed(found)})
     for (value, *pair), (best, *_) in zip(listed(found), expected, strict=True):
         assert value == pytest.approx(exact[tuple(pair)], rel=tolerance, abs=1e-13 * scale)
         assert abs(value) == pytest.approx(abs(best), rel=tolerance, abs=1e-13 * scale)
@@ -258,6 +277,55 @@ def test_repr_shows_the_strongest():
     assert repr(top_interactions(B, 2)) == "Interactions(2 pairs; first: 1 × 1 → 0: -4)"
 
 
+def test_rows_and_columns():
+    B, out, inp = medium()
+    found = top_interactions(B, 12, out, inp, per_output=2)
+    columns = out, left, right, value = found
+    assert (len(found), len(found[:5]), len(found[20:]), len(list(found))) == (12, 5, 0, 4)
+    assert equal(columns, (found.out, found.left, found.right, found.value))
+    assert equal(found[2:9:3], [part[2:9:3] for part in columns])
+    assert found[-1] == (out[11].item(), left[11].item(), right[11].item(), value[11].item())
+    assert found.to_dict() == {
+        "out": out.tolist(),
+        "left": left.tolist(),
+        "right": right.tolist(),
+        "value": value.tolist(),
+    }
+
+
+def test_what_was_done_stays_with_the_rows():
+    B, out, inp = medium()
+    found = top_interactions(B, 12, out, inp, per_output=2)
+    for part in (found[:5], found._replace(out=found.out + 7)):
+        assert part.certificate is found.certificate
+        assert part.per_output is found.per_output
+    assert found._replace(out=found.out + 7)[3][0] == found[3][0] + 7
+
+
+def test_a_table_and_what_a_notebook_shows():
+    B, out, inp = medium()
+    found = top_interactions(B, 12, out, inp)
+    table = found.to_dataframe()
+    assert list(table.columns) == ["out", "left", "right", "value"]
+    assert table["value"].tolist() == found.value.tolist()
+    html = found._repr_html_()
+    assert html.count("<tr>") == 1 + 10
+    assert "10 of 12 pairs" in html
+    assert f"<td>{found.left[9].item()}<td>{found.right[9].item()}<td>{found.value[9]:+.4g}" in html
+
+
+@pytest.mark.parametrize("faster", precision.SCREENS)
+def test_the_faster_dtype_screens(monkeypatch, faster):
+    rates = {dtype: 2e9 if dtype == faster else 1e9 for dtype in precision.SCREENS}
+    monkeypatch.setattr(interactions, "product_rates", lambda device: rates)
+    B, out, inp = medium()
+    found, asked = top_interactions(B, 40, out, inp), top_interactions(B, 40, out, inp, screen=torch.bfloat16)
+    assert found.certificate.dtype == faster
+    assert found.certificate.rates == rates
+    assert asked.certificate.rates is None
+    assert equal(found, asked)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -289,7 +357,7 @@ def test_one_nan_among_many_is_refused_rather_than_dropped():
 
 def test_products_less_exact_than_granted_are_noticed(monkeypatch):
     B, out, inp = medium()
-    monkeypatch.setattr(interactions._Block, "_slack", lambda self, *norms: 1e-9 * torch.ones(300, self.n))
+    monkeypatch.setattr(Block, "row_bounds", lambda self, *norms: 1e-9 * torch.ones(300, self.n))
     with pytest.raises(RuntimeError, match=r"off by .* times its bound.*pass screen=torch\.float32"):
         top_interactions(B, 50, out, inp, screen=torch.bfloat16)
 
@@ -345,17 +413,13 @@ def test_the_least_memory_named_is_enough():
 # -- interrupted and shared searches ----------------------------------------------------------------------------------
 
 
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_a_killed_search_goes_on(tmp_path, monkeypatch, plan, stop_at):
     B, out, inp = medium()
     whole = top_interactions(B, 40, out, inp, per_output=3)
     plan(torch.Generator().manual_seed(0))
-    monkeypatch.setattr(interactions, "SAVE_EVERY", 0)
-    save, saves = interactions._State.save, []
+    monkeypatch.setattr(state, "SAVE_EVERY", 0)
+    save, saves = State.save, []
 
     def die(self, following, pools):
         if len(saves) == stop_at:
@@ -363,15 +427,13 @@ def test_a_killed_search_goes_on(tmp_path, monkeypatch, plan, stop_at):
         save(self, following, pools)
         saves.append(following)
 
-    monkeypatch.setattr(interactions._State, "save", die)
+    monkeypatch.setattr(State, "save", die)
     with pytest.raises(KeyboardInterrupt):
         top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path / "state")
-    monkeypatch.setattr(interactions._State, "save", save)
+    monkeypatch.setattr(State, "save", save)
     starts = []
-    matrices = interactions._Matrices.__call__
-    monkeypatch.setattr(
-        interactions._Matrices, "__call__", lambda self, *span: starts.append(span[0]) or matrices(self, *span)
-    )
+    matrices = Streamed.__call__
+    monkeypatch.setattr(Streamed, "__call__", lambda self, *span: starts.append(span[0]) or matrices(self, *span))
     found = top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path / "state")
     assert equal(found, whole)
     assert equal(found.per_output, whole.per_output)
@@ -392,6 +454,27 @@ def test_the_state_of_another_search_is_refused(tmp_path):
             top_interactions(*other, checkpoint=tmp_path)
 
 
+def test_a_search_goes_on_in_another_dtype(tmp_path, plan):
+    """What a machine multiplies faster is no argument, and may be another one after a kill."""
+    B, out, inp = medium()
+    plan(torch.Generator().manual_seed(0))
+    whole = top_interactions(B, 40, out, inp, per_output=3)
+    save, saved = State.save, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "SAVE_EVERY", 0)
+        patch.setattr(State, "save", lambda self, *args: (save(self, *args), saved.append(args), stop()))
+        with pytest.raises(KeyboardInterrupt):
+            top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path, screen=torch.bfloat16)
+    assert 0 < saved[0][0] < len(out)
+    found = top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path, screen=torch.float32)
+    assert equal(found, whole)
+    assert equal(found.per_output, whole.per_output)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
 SHARED = """
 import sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -400,7 +483,8 @@ dist.init_process_group("gloo")
 given = load_file(sys.argv[1])
 B = BilinearTensor(given["down"], given["left"], given["right"])
 found = top_interactions(B, 500, given["out"], given["inp"], per_output=3, group=dist.group.WORLD)
-parts = {**found._asdict(), **{"each." + name: part for name, part in found.per_output._asdict().items()}}
+names = ("out", "left", "right", "value")
+parts = dict(zip(names, found)) | {"each." + name: part for name, part in zip(names, found.per_output)}
 save_file(parts, f"{sys.argv[2]}/{dist.get_rank()}.safetensors")
 dist.destroy_process_group()
 """
@@ -424,11 +508,12 @@ def test_every_number_of_ranks_gives_the_same_bits(tmp_path, dtype):
         assert done.returncode == 0, done.stderr
         for rank in range(n_ranks):
             found = load_file(folder / f"{rank}.safetensors")
-            assert all(torch.equal(found[name], part) for name, part in alone._asdict().items())
-            assert all(torch.equal(found[f"each.{name}"], p) for name, p in alone.per_output._asdict().items())
+            names = ("out", "left", "right", "value")
+            assert equal([found[name] for name in names], alone)
+            assert equal([found[f"each.{name}"] for name in names], alone.per_output)
 
 
 def test_a_group_that_cannot_hold_the_tensors(monkeypatch):
-    monkeypatch.setattr(interactions.dist, "get_backend_config", lambda group: "xpu:ccl")
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "xpu:ccl")
     with pytest.raises(ValueError, match="the tensors are on cpu, where group cannot communicate: it is xpu:ccl"):
-        interactions._check(medium()[0], 1, None, None, None, group=object())
+        check_group(Mock(spec=dist.ProcessGroup), torch.device("cpu"))

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilens import BilinearTensor, eigen
-from bilens.tensor import decompositions
-from bilens.tensor.decompositions import Eigen, spectrum_in_basis, top_outputs
+from bilens.tensor import decompositions, matrices, precision
+from bilens.tensor.decompositions import Eigen, spectrum_in_basis
+from bilens.tensor.matrices import Matrices
+from bilens.tensor.outputs import top_outputs
+from bilens.tensor.schatten import Screen
 
 
 def tensor(seed=0, out=5, hidden=9, inp=6, bias=False, dtype=torch.float64):
@@ -36,7 +39,7 @@ def scores(B, readers, by):
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32])
 def screen(request, monkeypatch):
-    monkeypatch.setattr(decompositions, "screen_dtype", lambda device: request.param)
+    monkeypatch.setattr(precision, "product_rates", lambda device: {d: d == request.param for d in precision.SCREENS})
     return request.param
 
 
@@ -57,21 +60,35 @@ def test_an_exact_eigenvalue_lies_within_the_residual(dtype, bias):
 def test_many_directions_in_chunks_with_and_without_the_cube(monkeypatch):
     B, u = tensor(inp=70, hidden=20), rows(33, 5)
     whole = eigen(B, u, k=3)
-    monkeypatch.setattr(decompositions, "_MATRIX_BYTES", 1)
-    monkeypatch.setattr(decompositions, "_CUBE_BYTES", 0)
+    monkeypatch.setattr(decompositions, "MATRIX_BYTES", 1)
+    monkeypatch.setattr(matrices, "CUBE_BYTES", 0)
     one_by_one = eigen(B, u, k=3)
     torch.testing.assert_close(whole.values, one_by_one.values)
     torch.testing.assert_close(whole.vectors, one_by_one.vectors)
 
 
-def test_eigen_is_still_a_pair():
+def test_eigen_unpacks_into_a_pair():
     B, u = tensor(), rows(2, 5)
     values, vectors = found = eigen(B, u)
+    assert values is found.values
+    assert vectors is found.vectors
     assert Eigen(values, vectors).residual is None
-    assert found._replace(values=-values).residual is None
+
+
+def test_eigen_keeps_its_residual():
+    found = eigen(tensor(), rows(2, 5))
     assert copy.copy(found).residual is found.residual
-    assert isinstance(found, tuple)
-    assert len(found) == 2
+    assert found._replace(values=-found.values).residual is found.residual
+    assert found._replace(values=-found.values, residual=None).residual is None
+    first = found[:2]
+    assert (len(found), len(first)) == (6, 2)
+    assert torch.equal(first.values, found.values[:, :2])
+    assert torch.equal(first.vectors, found.vectors[:, :2])
+    assert torch.equal(first.residual, found.residual[:, :2])
+    value, vector = found[1]
+    assert torch.equal(value, found.values[:, 1])
+    assert torch.equal(vector, found.vectors[:, 1])
+    assert Eigen(*found)[1:].residual is None
 
 
 def test_eigen_can_be_differentiated():
@@ -179,13 +196,13 @@ def test_ties_by_index_with_zero_and_repeated_readers(by, k, hidden, inp, bias, 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("cube", [0, 2**29])
 def test_bounds_hold_at_every_squaring(screen, cube, exact, monkeypatch):
-    monkeypatch.setattr(decompositions, "_CUBE_BYTES", cube)
+    monkeypatch.setattr(matrices, "CUBE_BYTES", cube)
     B, readers = tensor(hidden=20, inp=48, dtype=torch.float32), rows(16, 5, dtype=torch.float32)
-    gram = decompositions.output_gram(B)
-    frobenius = decompositions._frobenius(gram, readers)
-    matrices = decompositions._Matrices(B, len(readers))
-    assert (matrices.blocks is None) == (cube == 0)
-    bounds = decompositions._Screen(matrices, gram)
+    gram = matrices.output_gram(B)
+    frobenius = matrices.frobenius(gram, readers)
+    these = Matrices(B, len(readers))
+    assert (these.blocks is None) == (cube == 0)
+    bounds = Screen(these, gram)
     bounds.start(readers, frobenius, exact)
     values = dense_values(B, readers).abs()
     for p in (4, 8, 16, 32, 64):

@@ -195,7 +195,7 @@ def attack(
     for target, rows in enumerate(aimed.mask):
         others = images.y != target
         for number, mask in enumerate(rows):
-            tried = [mask, *(_permuted(mask, aimed.kind, generator) for _ in range(controls))]
+            tried = [mask, *(permuted(mask, aimed.kind, generator) for _ in range(controls))]
             for draw, one in enumerate(tried):
                 for place, predicted in enumerate(classify.along(one, strengths)):
                     accuracy[target, number, draw, place] = (predicted == images.y).double().mean()
@@ -206,7 +206,8 @@ def attack(
     return Attack(tuple(float(s) for s in strengths), accuracy[:, :, 0], targeted[:, :, 0], *control, share)
 
 
-def _permuted(mask: Float[Tensor, " pixels"], kind: Kind, generator: torch.Generator) -> Float[Tensor, " pixels"]:
+def permuted(mask: Float[Tensor, " pixels"], kind: Kind, generator: torch.Generator) -> Float[Tensor, " pixels"]:
+    """Permute the pixels of a mask; those that an edge mask uses, among themselves."""
     used = mask.nonzero()[:, 0] if kind == "edge" else torch.arange(len(mask), device=mask.device)
     order = used[torch.randperm(len(used), generator=generator, device=generator.device).to(used.device)]
     return torch.zeros_like(mask).index_copy(0, used, mask[order])
@@ -239,7 +240,7 @@ def derivatives(
     left, right = B.left[:, :pixels] @ m, B.right[:, :pixels] @ m
     G = B.down @ (right[:, None] * B.left + left[:, None] * B.right)
     slope = x @ G[:, :pixels].T
-    return (slope + G[:, -1] if B.constant else slope), B.down @ (left * right)
+    return (slope + G[:, -1] if B.constant else slope), B.without_constant().apply(m)
 
 
 class _Clipped:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from bilens.models.files import atomic_write
 from bilens.models.sources import CheckpointError, read_json, read_safetensors
 from bilens.tensor.bilinear import BilinearTensor
 
@@ -188,17 +189,19 @@ class ImageClassifier(HookedRootModule):
 def save(model: ImageClassifier, folder: str | os.PathLike[str]) -> None:
     """Write `config.json` and `model.safetensors`; loading them again is bit-identical."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: part.contiguous() for name, part in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(asdict(model.cfg), indent=1) + "\n")
+    with atomic_write(folder / "model.safetensors") as path:
+        save_file({name: part.contiguous() for name, part in model.state_dict().items()}, path)
+    with atomic_write(folder / "config.json") as path:
+        path.write_text(json.dumps(asdict(model.cfg), indent=1) + "\n")
 
 
 def load(folder: str | os.PathLike[str], device: torch.device | str | None = None) -> ImageClassifier:
-    """Load a classifier that `save` wrote.
+    """Load a classifier that `save` wrote, in the dtype it was saved in; half precision is widened to float32.
 
     Raises:
         FileNotFoundError: The folder or one of the files is not there.
-        CheckpointError: A key or tensor is missing, unknown, misshapen or not finite; says which.
+        CheckpointError: A key or tensor is missing, unknown, misshapen or not finite, says which; or tensors of
+            several dtypes.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -216,7 +219,11 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
             raise CheckpointError(f"{name} in {folder / 'model.safetensors'} must be {shapes[0]}, got {shapes[1]}")
         if not found[name].isfinite().all():
             raise CheckpointError(f"{name} in {folder / 'model.safetensors'} must be finite")
-    model.load_state_dict(found)
+    dtypes = {tensor.dtype for tensor in found.values()}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        got = ", ".join(sorted(map(str, dtypes)))
+        raise CheckpointError(f"tensors in {folder / 'model.safetensors'} must be of one floating dtype, got {got}")
+    model.to(*dtypes).load_state_dict(found)
     return model.to(device).eval()
 
 
@@ -335,6 +342,7 @@ class Trainer:
         start, recipe, done = time.perf_counter(), self.recipe, len(self.loss)
         generator = torch.Generator(self.images.x.device).manual_seed(recipe.seed * 1_000_003 + done + 1)
         for group in self.optimiser.param_groups:
+            # by the formula, which needs no state: torch's schedule carries rounding from epoch to epoch
             group["lr"] = recipe.lr * (1 + float(torch.tensor(torch.pi * done / recipe.epochs).cos())) / 2
         with self.model.hooks(fwd_hooks=self._latent_noise(generator)):
             sums = [self._step(batch, generator) for batch in self._batches(generator)]
@@ -373,10 +381,8 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             tensors |= {f"{name}/{key}": part for key, part in self.optimiser.state[parameter].items()}
             tensors[name] = parameter.detach()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"recipe": json.dumps(asdict(self.recipe))})
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, {"recipe": json.dumps(asdict(self.recipe))})
 
     def resume(self, path: Path) -> None:
         """Go on from what `save` wrote.
@@ -401,7 +407,7 @@ class Trainer:
         self.seconds = float(tensors["seconds"])
 
 
-def train(
+def train(  # eight parameters: the shape of the model in four, as in `ClassifierConfig`
     images: ImageSet,
     recipe: Recipe,
     *,

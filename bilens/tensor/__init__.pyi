@@ -4,6 +4,7 @@ from . import decompositions as decompositions
 from . import defaults as defaults
 from . import factorizations as factorizations
 from . import interactions as interactions
+from . import outputs as outputs
 from . import polynomials as polynomials
 from . import spectra as spectra
 from . import statistics as statistics

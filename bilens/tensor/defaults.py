@@ -123,7 +123,9 @@ def default_features(
         raise ValueError("inputs must be given for method='ica': independence is a property of data, not of weights")
     else:
         parts = _ica(rows, k, max_iter, generator)
-    return _oriented(side, method, weights, *parts, dtype=B.left.dtype)
+    patterns, read, strengths, mean = _oriented(*parts)
+    numbers = (patterns, read @ weights, -read @ mean, strengths, mean)
+    return FactorFeatures(side, method, *(part.to(B.left.dtype) for part in numbers))
 
 
 def modifier_features(
@@ -244,21 +246,10 @@ def _ica(rows: Float[Tensor, "n hidden"], k: int | None, max_iter: int, generato
     return patterns[order], read[order], strengths[order], mean
 
 
-def _oriented(
-    side: Side,
-    method: Method,
-    weights: Tensor,
-    patterns: Tensor,
-    read: Tensor,
-    strengths: Tensor,
-    mean: Tensor,
-    dtype: torch.dtype,
-) -> FactorFeatures:
+def _oriented(patterns: Tensor, read: Tensor, strengths: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
     """Turn each feature so that its pattern's largest entry is positive."""
     sign = patterns.gather(1, patterns.abs().argmax(1, keepdim=True)).sign()
-    patterns, read = patterns * sign, read * sign
-    parts = (patterns, read @ weights, -read @ mean, strengths, mean)
-    return FactorFeatures(side, method, *(part.to(dtype) for part in parts))
+    return patterns * sign, read * sign, strengths, mean
 
 
 def _checked_k(k: int | None, values: Float[Tensor, " n"]) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .bilinear import BilinearTensor
-from .decompositions import Eigen, eigen, output_gram
+from .decompositions import Eigen, eigen
+from .matrices import output_gram
 
 _SCALE = 1e6  # of the objective: torch's L-BFGS ignores curvature below 1e-10
 _CHUNK = 10  # iterations between looks at the progress
@@ -187,7 +188,7 @@ def _signs(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
 # -- CP ---------------------------------------------------------------------------------------------------------------
 
 
-def cp(
+def cp(  # eight parameters: each of the last six is a choice of the fit, with a default
     B: BilinearTensor,
     rank: int,
     *,

@@ -44,7 +44,7 @@ class Degree:
         return f"Degree({self.degree}, residual {self.residual:.1e}{below})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Box:
     """A function on float64 `[..., inp]`, whose results are checked, and where to try it."""
 

@@ -1,0 +1,127 @@
+"""A layer prepared for screening: scaled so that nothing over- or underflows, and rounded with known errors."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .bilinear import BilinearTensor, with_constant
+
+WIDTHS = 32  # matrix products in bfloat16 want legs that are a multiple of this
+FLOAT32_ROUNDOFF = 2.0**-24
+_NORM = 1 + 1e-6  # a norm in float32 may come out smaller than it is by less than this
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """The factors of a layer between two bases, each divided by a power of two, which loses nothing.
+
+    Input legs are padded with zeros to a multiple of `WIDTHS`. Screening in low precision multiplies the rounded
+    `writers`; `writer_norm` and `writer_error` are what its bound needs to know of them.
+    """
+
+    exponent: int  # exact value = 2 ** exponent · scaled value
+    scale: Float[Tensor, " n_out"]  # of each output feature's coefficients beside those of the others
+    readers: Float[Tensor, "n_out out"] | None
+    down: Float[Tensor, "rows hidden"]
+    left: Float[Tensor, "hidden width"]
+    right: Float[Tensor, "hidden width"]
+    writers: Float[Tensor, "n_in width"]  # in the screening dtype
+    writer_norm: Float[Tensor, " n_in"]  # of each row of the rounded writers
+    writer_error: Float[Tensor, " n_in"]  # norm of what the rounding took from each row
+    fine_writers: Float[Tensor, "n_in width"]  # in float32
+
+    @classmethod
+    def of(cls, B: BilinearTensor, out: Tensor | None, inp: Tensor | None, dtype: torch.dtype) -> "Scaled":
+        """Prepare a layer to be screened in some dtype."""
+        width = -(-B.inp // WIDTHS) * WIDTHS
+        if out is None:
+            readers, e_out = None, 0
+            down, scale, e_down = _scaled_rows("B.down", B.down)
+        else:
+            readers, scale, e_out = _scaled_rows("out", out)
+            down, e_down = _scaled("B.down", B.down)
+        (left, e_left), (right, e_right) = _scaled("B.left", B.left), _scaled("B.right", B.right)
+        eye = torch.eye(B.inp, dtype=down.dtype, device=down.device)
+        exact, e_inp = _scaled("inp", eye if inp is None else with_constant(inp, B))
+        rounded = _padded(exact, width).to(dtype)
+        norm = torch.linalg.vector_norm(rounded.to(exact.dtype), dim=1) * _NORM
+        error = torch.linalg.vector_norm(rounded[:, : B.inp].to(exact.dtype) - exact, dim=1) * _NORM
+        return cls(
+            exponent=e_down + e_left + e_right + e_out + 2 * e_inp,
+            scale=scale,
+            readers=None if readers is None else readers.float(),
+            down=down.float(),
+            left=_padded(left, width).float(),
+            right=_padded(right, width).float(),
+            writers=rounded,
+            writer_norm=norm.float(),
+            writer_error=error.float(),
+            fine_writers=_padded(exact, width).float(),
+        )
+
+    @property
+    def n_out(self) -> int:
+        """Number of output features."""
+        return len(self.scale)
+
+    @property
+    def n_in(self) -> int:
+        """Number of input features, the constant included."""
+        return len(self.writers)
+
+    @property
+    def hidden(self) -> int:
+        """Number of rank-one terms of the layer."""
+        return len(self.left)
+
+    @property
+    def width(self) -> int:
+        """Size of the padded input leg."""
+        return self.writers.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is screened in."""
+        return self.writers.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        return self.writers.device
+
+    @property
+    def roundoff(self) -> float:
+        """Largest relative error of rounding a number to the screening dtype."""
+        return torch.finfo(self.dtype).eps / 2
+
+    @property
+    def bytes(self) -> int:
+        """Size of the scaled copies."""
+        kept = (getattr(self, part.name) for part in fields(self) if part.name not in ("exponent", "scale"))
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+
+def _scaled(name: str, tensor: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor divided by a power of two, so that its largest entry is about 1, and that power's exponent."""
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) > 160:
+        raise ValueError(f"the largest entry of {name} must lie between 2^-160 and 2^160, got {largest:.3g}")
+    # in two steps, since the power itself may be no float32
+    return tensor * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2), exponent
+
+
+def _scaled_rows(name: str, tensor: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Scale each row to a largest entry of about 1; return also the rows' scales and the exponent of all."""
+    tensor, exponent = _scaled(name, tensor)
+    largest = tensor.abs().amax(1).double() if tensor.numel() else tensor.new_zeros(len(tensor)).double()
+    scale = torch.where(largest > 0, largest.clamp(min=2.0**-100).log2().floor().exp2(), 1.0)
+    return tensor / scale.to(tensor.dtype)[:, None], scale, exponent
+
+
+def _padded(tensor: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))

@@ -1,0 +1,39 @@
+"""What to compute and to screen in."""
+
+import pytest
+import torch
+
+from bilens.tensor import precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("faster", precision.SCREENS)
+def test_the_faster_wins(monkeypatch, faster):
+    monkeypatch.setattr(precision, "_seconds", lambda side, dtype, device: 0.01 if dtype == faster else 0.02)
+    precision.product_rates.cache_clear()
+    assert precision.screen_dtype(CPU) == faster
+    assert precision.product_rates(CPU)[faster] == pytest.approx(2 * 256**3 / 0.01)
+    precision.product_rates.cache_clear()
+
+
+def test_a_fast_device_is_given_a_larger_product(monkeypatch):
+    monkeypatch.setattr(precision, "_seconds", lambda side, dtype, device: side * 0.6e-6)
+    precision.product_rates.cache_clear()
+    assert precision.product_rates(CPU)[torch.float32] == pytest.approx(2 * 2048**2 / 0.6e-6)
+    precision.product_rates.cache_clear()
+
+
+def test_a_device_is_measured_once():
+    rates = precision.product_rates(CPU)
+    assert precision.product_rates(CPU) is rates
+    assert set(rates) == set(precision.SCREENS)
+    assert all(rate > 1e6 for rate in rates.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "working"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_nothing_is_computed_below_float32(dtype, working):
+    assert precision.working_dtype(dtype) == working
