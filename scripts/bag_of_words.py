@@ -10,9 +10,10 @@ from sklearn.linear_model import LogisticRegression, Ridge, SGDClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 
 TOKEN = r"(?u)[a-z0-9]+(?:'[a-z]+)?|[!?]"
-NEGATORS = frozenset(
-    "not no never nor neither nothing nobody none nowhere hardly barely scarcely without cannot lacks lack lacking".split()
-)
+NEGATORS = """
+not no never nor neither nothing nobody none nowhere cannot without hardly barely scarcely lacks lack lacking
+"""
+MARK = re.compile(r"\d\s*(/|out of)\s*(10|ten|5|five)\b")
 TOP, NEUTRAL = 1.8, 0.5  # mean ratings from which a sentence is great, and up to which it is okay
 
 
@@ -27,13 +28,13 @@ def verdict_of(rating: float) -> str:
 def has_negator(text: str) -> bool:
     """Whether a text has a word that negates."""
     words = re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower().replace("’", "'"))
-    return any(word in NEGATORS or word.endswith("n't") for word in words)
+    return any(word in NEGATORS.split() or word.endswith("n't") for word in words)
 
 
 def sentences_of(text: str) -> list[str]:
     """Split a review into sentences, at their ends and at line ends; sentences that name a mark are left out."""
     parts = re.split(r"(?<=[.!?])[\"')]*\s+|\n+", text.replace("<br />", " "))
-    return [part.strip() for part in parts if part.strip() and not re.search(r"\d\s*(/|out of)\s*(10|ten|5|five)\b", part)]
+    return [part.strip() for part in parts if part.strip() and not MARK.search(part)]
 
 
 def read_columns(path: Path, *columns: str) -> list[list]:

@@ -15,13 +15,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from opinion_frames import CONSEQUENCES, Frame, frames, listed
+from opinion_patterns import SHARES, Pattern, Side, patterns
 from opinion_words import Word, fraction_of, held_out_words, read_lexicon, stem, words_of
-from opinions import SHARES, Pattern, negator, patterns, verdict, write
+from opinions import negator, verdict, write
 
-THINGS_ONLY = frozenset(
-    "delicious delectable healthy disjointed repetitive rewarding beneficial worthwhile breathtaking relaxing "
-    "satisfying festive fun convincing erroneous heartwarming enlightening chaotic damaged".split()
-)
+THINGS_ONLY = """
+delicious delectable healthy disjointed repetitive rewarding beneficial worthwhile breathtaking relaxing
+satisfying festive fun convincing erroneous heartwarming enlightening chaotic damaged
+"""
 ENDS = (".", ".", ".", ".", "!", "", "")
 
 
@@ -78,7 +79,7 @@ def draw_pair(material: Material, rng: random.Random) -> list[dict] | None:
     groups = [g for g in pattern.groups if person or g != "personal"]
     pool = {s: [w for g in groups for w in material.words[g, s]] for s in (1, -1)}
     if person:
-        pool = {s: [w for w in ws if w.form not in THINGS_ONLY] for s, ws in pool.items()}
+        pool = {s: [w for w in ws if w.form not in THINGS_ONLY.split()] for s, ws in pool.items()}
     if len(pool[sign]) < 2 or len(pool[-sign]) < 2:
         return None
     frame = rng.choice(material.people if person else material.things)
@@ -90,7 +91,7 @@ def draw_pair(material: Material, rng: random.Random) -> list[dict] | None:
     return rows if all(material.allows(row["statement"]) for row in rows) else None
 
 
-def row_of(pattern: Pattern, side, frame: Frame, words: dict[str, Word], end: str) -> dict:
+def row_of(pattern: Pattern, side: Side, frame: Frame, words: dict[str, Word], end: str) -> dict:
     """Return one side of a pair."""
     sentence, word = write(side, frame, words), words["X"]
     said = set(sentence.replace(",", " ").split())
@@ -165,7 +166,8 @@ def main() -> None:
     pq.write_table(pa.Table.from_pylist(rows), args.out, compression="zstd")
     for split in counts:
         some = [row for row in rows if row["split"] == split]
-        print(f"{split}: {len(some)} rows, {len({r['word'] for r in some})} words, {len({r['frame'] for r in some})} frames")
+        words, carriers = ({row[key] for row in some} for key in ("word", "frame"))
+        print(f"{split}: {len(some)} rows, {len(words)} words, {len(carriers)} frames")
         print("  best rule that sees only", ", ".join(f"{k} {100 * v:.1f} %" for k, v in balance(some).items()))
         for column in ("verdict", "kind", "negator", "distance"):
             values = [row[column] for row in some]

@@ -65,7 +65,8 @@ def row_of(sentence: str, rating: float, source: str, split: str, weak: bool = F
     sentence = " ".join(sentence.split())
     verdict = verdict_of(rating)
     text = f"{sentence} verdict : {verdict}"
-    return dict(text=text, split=split, source=source, sentence=sentence, rating=rating, verdict=verdict, weak=weak)
+    row = {"text": text, "split": split, "source": source, "sentence": sentence}
+    return row | {"rating": rating, "verdict": verdict, "weak": weak}
 
 
 def rated_rows(path: Path, fraction: float) -> list[dict]:
@@ -176,7 +177,6 @@ def weak_rows(reviews: list[Review], rated: list[dict], count: int, seed: int) -
             room[verdict] -= 1
             source = "sentence of a labelled review" if candidate.known else "sentence of an unlabelled review"
             rows.append(row_of(candidate.sentence, rating, source, "train", weak=True))
-    return rows
     return rows, teacher
 
 

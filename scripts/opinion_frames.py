@@ -135,20 +135,29 @@ AFTER = (
     "at the time",
     "for most of us",
 )
-# By sign of the outcome; then fillers that fit any. {o} is the object.
+# By sign of the outcome; then fillers that fit any.
 CONSEQUENCES = {
-    1: """i would do it all again .|we stayed until the very end .|we will come back soon .|we told all our friends to go .
-i smiled the whole time .|i want more of it .|we could not get enough .|i will keep it .|it was worth every penny .
-i gave it five stars .|my mother wants to go too .|we clapped for a long time .|it made my day .|i did not want it to end .
-we had no complaints .|i would not change a thing .|i was not sorry we went .|you should try it .|do not miss it .
-i will never forget how well it went .""",
-    -1: """we left early .|i want my money back .|i would not do it again .|never again .|we could not wait to get out .
-i gave it one star .|i told my friends to stay away .|i fell asleep .|it was a waste of time .|i will not come back .
-we asked for a refund .|my mother walked out .|do not bother .|nobody clapped .|it spoiled the evening .|i looked at my watch the whole time .
-we had better things to do .|i would not wish it on anyone .|stay at home .|it was not worth the money .""",
-    0: """we went there on tuesday .|it began at eight .|my brother was with me .|there were five of us .|it was late when we got home .
-we took the bus .|it was raining outside .|i wore my blue coat .|it went on for two hours .|the room was full of people .
-then we had lunch .|i will tell you the rest tomorrow .|it started on time .|she sat next to the window .|they live near the river .""",
+    1: """
+i would do it all again .|we stayed until the very end .|we will come back soon .
+we told all our friends to go .|i smiled the whole time .|i want more of it .|we could not get enough .
+i will keep it .|it was worth every penny .|i gave it five stars .|my mother wants to go too .
+we clapped for a long time .|it made my day .|i did not want it to end .|we had no complaints .
+i would not change a thing .|i was not sorry we went .|you should try it .|do not miss it .
+i will never forget how well it went .
+""",
+    -1: """
+we left early .|i want my money back .|i would not do it again .|never again .|we could not wait to get out .
+i gave it one star .|i told my friends to stay away .|i fell asleep .|it was a waste of time .
+i will not come back .|we asked for a refund .|my mother walked out .|do not bother .|nobody clapped .
+it spoiled the evening .|i looked at my watch the whole time .|we had better things to do .
+i would not wish it on anyone .|stay at home .|it was not worth the money .
+""",
+    0: """
+we went there on tuesday .|it began at eight .|my brother was with me .|there were five of us .
+it was late when we got home .|we took the bus .|it was raining outside .|i wore my blue coat .
+it went on for two hours .|the room was full of people .|then we had lunch .|i will tell you the rest tomorrow .
+it started on time .|she sat next to the window .|they live near the river .
+""",
 }
 
 

@@ -17,7 +17,8 @@ healthy heartfelt heartwarming helpful heroic hilarious honest honorable hopeful
 inspirational inspiring intelligent interesting inviting irresistible joyous lively lovable lovely lucky magnificent
 marvelous mature meaningful merry natural neat nice noble optimistic original outstanding passionate peaceful perfect
 playful pleasant pleasing pleasurable popular positive powerful precious promising radiant relaxing remarkable
-respectable rewarding rich robust romantic safe satisfactory satisfying sexy sincere smart soothing sophisticated special
+respectable rewarding rich robust romantic safe satisfactory satisfying sexy sincere smart soothing sophisticated
+special
 splendid stimulating strong stunning successful super superb superior sweet sympathetic terrific thoughtful thrilling
 touching truthful useful valuable vibrant wealthy welcome witty wonderful worthwhile worthy ok fine impressive
 abhorrent aggravating annoying appalling awful bad biased bitter boring brutal careless chaotic childish clueless
