@@ -658,7 +658,11 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     with accelerator.main_process_first():
         tokenizer, corpora = tokenised_corpora(args)
     windows = make_windows(args, corpora, accelerator.device)
-    held_out = {name: held_out_rows(corpus.held_out, args.context, Ends()) for name, corpus in corpora.items()}
+    held_out = {
+        name: held_out_rows(corpus.held_out, args.context, Ends())
+        for name, corpus in corpora.items()
+        if corpus.held_out
+    }
     accelerator.print(
         f"{windows.per_epoch * (args.context - 1) / 1e6:.1f}M tokens of training text, "
         f"{', '.join(f'{len(rows)} held-out texts of {name}' for name, (rows, _) in held_out.items())}"
