@@ -85,7 +85,7 @@ class Stream:
             )
         while self.window < numbers.start:
             self._next()
-        return stack([self._next() for _ in numbers], self.context, self.ends)
+        return stack(torch.stack([self._next() for _ in numbers]), self.ends)
 
     def state(self) -> str:
         """Return the place after the last window."""
@@ -142,7 +142,10 @@ def read(
         texts = {Path(name).name: list(held_out_of(name, args.holdout, args.held_out_texts)) for name in args.data}
         digests = {name: hashlib.sha256("\0".join(some).encode()).hexdigest() for name, some in texts.items()}
     else:
-        kept, texts, digests = read_corpora(args.data, args.holdout)
+        corpora = read_corpora(args.data, args.holdout)
+        kept = [text for corpus in corpora.values() for text in corpus.kept]
+        texts = {name: corpus.held_out for name, corpus in corpora.items()}
+        digests = {name: corpus.digest for name, corpus in corpora.items()}
         windows = Windows(encode(tokenizer, kept, ends), args.context, args.seed, ends)
     rows = {
         name: held_out_rows(encode(tokenizer, some, ends), args.context, ends) for name, some in texts.items() if some

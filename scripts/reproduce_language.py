@@ -93,9 +93,10 @@ class Bench:
         self.file = args.out / "results.json"
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.tokenizer = Tokenizer.from_file(str(args.tokenizer))
-        kept, held_out, self.digests = train_language.read_corpora(args.data, self.training.holdout)
-        self.documents = encode(self.tokenizer, kept, Ends())
-        some = [text for texts in held_out.values() for text in texts[: args.eval_texts]]
+        corpora = train_language.read_corpora(args.data, self.training.holdout)
+        self.digests = {name: corpus.digest for name, corpus in corpora.items()}
+        self.documents = encode(self.tokenizer, [text for some in corpora.values() for text in some.kept], Ends())
+        some = [text for corpus in corpora.values() for text in corpus.held_out[: args.eval_texts]]
         self.held_out = {"loss": held_out_rows(encode(self.tokenizer, some, Ends()), self.training.context, Ends())}
 
     def arguments(self, kind: str, tokens: float, out: Path, seed: int = 0) -> argparse.Namespace:
@@ -162,7 +163,7 @@ def seconds_in_turn(
     for step in range(rounds + 2):
         for name, model in models.items():
             start = clock()
-            training_step(args, accelerator, model, optimizers[name], windows, step, rounds + 2)  # ends in .item()
+            float(training_step(args, accelerator, model, optimizers[name], windows, step, rounds + 2))  # waits for it
             times[name].append(clock() - start)
     return {name: median(some[2:]) for name, some in times.items()}
 

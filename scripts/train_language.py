@@ -6,7 +6,8 @@ The embedded model was made by
         --data tinystories.train.parquet movie-reviews.train.parquet --compile
 
 A corpus is a parquet/json/text file with a column `text`, or a dataset on the Hub (`roneneldan/TinyStories`, or
-`stanfordnlp/imdb:train+unsupervised` to name the splits). Kill it at any time: the same command resumes from the last
+`stanfordnlp/imdb:train+unsupervised` to name the splits). Texts are held out by their hash, or as a column `split`
+says. Kill it at any time: the same command resumes from the last
 checkpoint and ends in bit-identical weights. Several devices: `torchrun --nproc-per-node 8 scripts/train_language.py`
 or `accelerate launch scripts/train_language.py`, then the arguments. A tokenizer.json that is in the folder
 already is used; training one anew breaks ties between rare pieces at random.
@@ -19,14 +20,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset, IterableDataset, load_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -36,7 +37,12 @@ from tqdm import tqdm
 import bilens
 from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
 SPECIAL = ["[UNK]", "[BOS]", "[EOS]"]
+VERDICT = "verdict :"  # the token after it says how a text judges: see --verdict-weight
+ROUND = 1000  # windows within which every corpus with a --share has exactly that share
 MLPS = {  # kind, activation, hidden width relative to --d-hidden: every kind has the same number of parameters
     "bilinear": ("bilinear", None, 1.0),
     "swiglu": ("gated", "silu", 1.0),
@@ -49,6 +55,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_arguments(parser, tokens=48e6, lr=0.02, lr_embed=0.004)
+    parser.add_argument(
+        "--share",
+        action="append",
+        default=[],
+        metavar="NAME=FRACTION",
+        help="fill that fraction of the windows with this corpus (its file's name); repeatable. The others share the "
+        "rest in proportion to their size",
+    )
+    parser.add_argument(
+        "--verdict-weight", type=float, default=1.0, help=f"weight in the loss of the token after `{VERDICT}`"
+    )
+    parser.add_argument(
+        "--tokenised", type=Path, metavar="FILE", help="keep the tokenised corpora here; if it exists, read only it"
+    )
     parser.add_argument("--mlp", default="bilinear", choices=tuple(MLPS), help="kind of MLP, at equal parameters")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
@@ -81,21 +101,55 @@ def add_training_arguments(parser: argparse.ArgumentParser, tokens: float, lr: f
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
 
 
-UNSEEN = ("out", "eval_every", "eval_texts", "checkpoint_every", "wandb")  # arguments without effect on the weights
+# Arguments without effect on the weights.
+UNSEEN = ("out", "eval_every", "eval_texts", "checkpoint_every", "tokenised", "wandb")
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
+class Corpus(NamedTuple):
+    """The texts of a corpus to train on, those held out, and a hash of them all."""
+
+    kept: list
+    held_out: list
+    digest: str
+
+
 def read_corpus(name: str) -> tuple[list[str], str]:
     """Return the distinct texts of a file or Hub dataset in their order, and a hash of them."""
-    dataset = open_corpus(name)
-    texts = [text for text in dict.fromkeys(dataset["text"]) if text.strip()]
+    texts = distinct(open_corpus(name)["text"])
     return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def open_corpus(name: str, streaming: bool = False) -> Dataset | IterableDataset:
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Return the texts in their order, without repetitions and empty ones."""
+    return [text for text in dict.fromkeys(texts) if text.strip()]
+
+
+def split_corpus(name: str, holdout: float) -> Corpus:
+    """Read a corpus; its column `split`, if it has one, says which texts are held out, otherwise their hash."""
+    dataset = open_corpus(name)
+    if "split" not in dataset.column_names:
+        texts, digest = read_corpus(name)
+        kept = [text for text in texts if not is_held_out(text, holdout)]
+        return Corpus(kept, [text for text in texts if is_held_out(text, holdout)], digest)
+    rows = list(zip(dataset["split"], dataset["text"], strict=True))
+    other = {split for split, _ in rows} - {"train", "held-out"}
+    if other:
+        raise SystemExit(f"--data {name}: split must be 'train' or 'held-out', got {sorted(map(repr, other))[0]}")
+    kept, held_out = (distinct(text for split, text in rows if split == part) for part in ("train", "held-out"))
+    both = set(kept) & set(held_out)
+    if both:
+        raise SystemExit(f"--data {name}: a held-out text must not be in the train split, {min(both)[:40]!r} is")
+    digest = hashlib.sha256("\0".join(["train", *kept, "held-out", *held_out]).encode()).hexdigest()
+    return Corpus(kept, held_out, digest)
+
+
+def open_corpus(name: str, streaming: bool = False) -> "Dataset | IterableDataset":
     """Open a file or Hub dataset; it must have a column `text`."""
+    from datasets import load_dataset  # takes seconds, and tokenised corpora do without
+
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}
     if Path(name).suffix in kinds:
         if not Path(name).is_file():
@@ -110,14 +164,9 @@ def open_corpus(name: str, streaming: bool = False) -> Dataset | IterableDataset
     return dataset
 
 
-def read_corpora(names: list[str], holdout: float) -> tuple[list[str], dict[str, list[str]], dict[str, str]]:
-    """Return the texts to train on, those held out of each corpus, and a hash of each corpus."""
-    kept, held_out, digests = [], {}, {}
-    for path in names:
-        texts, digests[Path(path).name] = read_corpus(path)
-        kept += [text for text in texts if not is_held_out(text, holdout)]
-        held_out[Path(path).name] = [text for text in texts if is_held_out(text, holdout)]
-    return kept, held_out, digests
+def read_corpora(names: list[str], holdout: float) -> dict[str, Corpus]:
+    """Return the texts of each corpus by its file's name."""
+    return {Path(name).name: split_corpus(name, holdout) for name in names}
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -159,28 +208,104 @@ def encode(tokenizer: Tokenizer, texts: list[str], ends: Ends) -> list[Tensor]:
     return ids
 
 
+def tokenise(corpora: dict[str, Corpus], tokenizer: Tokenizer, ends: Ends) -> dict[str, Corpus]:
+    """Encode every text of every corpus."""
+    return {
+        name: Corpus(encode(tokenizer, kept, ends), encode(tokenizer, held_out, ends), digest)
+        for name, (kept, held_out, digest) in corpora.items()
+    }
+
+
+def write_tokenised(path: Path, corpora: dict[str, Corpus], origin: dict[str, str]) -> None:
+    """Write tokenised corpora and what they come from: for each part its tokens, joined, and the texts' lengths."""
+    tensors = {}
+    for name, corpus in corpora.items():
+        for part in ("kept", "held_out"):
+            documents = getattr(corpus, part)
+            tensors[f"{name}/{part}"] = torch.cat([torch.empty(0, dtype=torch.int32), *documents])
+            tensors[f"{name}/{part}/lengths"] = torch.tensor([len(document) for document in documents])
+    digests = {name: corpus.digest for name, corpus in corpora.items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, {"digests": json.dumps(digests), "origin": json.dumps(origin)})
+    os.replace(partial, path)
+
+
+def read_tokenised(path: Path, names: list[str], origin: dict[str, str]) -> dict[str, Corpus]:
+    """Read what `write_tokenised` wrote; other corpora, tokenizer or holdout than asked for are refused."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        digests = json.loads(metadata["digests"])
+        if list(digests) != names or json.loads(metadata["origin"]) != origin:
+            raise SystemExit(f"--tokenised {path}: holds other corpora, or another tokenizer or --holdout: delete it")
+        parts = {
+            name: [
+                list(file.get_tensor(f"{name}/{part}").split(file.get_tensor(f"{name}/{part}/lengths").tolist()))
+                for part in ("kept", "held_out")
+            ]
+            for name in names
+        }
+    return {name: Corpus(*parts[name], digests[name]) for name in names}
+
+
+def tokenised_corpora(args: argparse.Namespace) -> tuple[Tokenizer, dict[str, Corpus]]:
+    """Return the tokenizer in the folder, trained if there is none, and the tokenised corpora."""
+    tokenizer_file, corpora = args.out / "tokenizer.json", None
+    if not tokenizer_file.exists():
+        corpora = read_corpora(args.data, args.holdout)
+        train_tokenizer([text for corpus in corpora.values() for text in corpus.kept], args.vocab).save(
+            str(tokenizer_file)
+        )
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    origin = {"tokenizer": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(), "holdout": str(args.holdout)}
+    if args.tokenised and args.tokenised.exists():
+        return tokenizer, read_tokenised(args.tokenised, [Path(name).name for name in args.data], origin)
+    documents = tokenise(corpora or read_corpora(args.data, args.holdout), tokenizer, Ends())
+    if args.tokenised:
+        write_tokenised(args.tokenised, documents, origin)
+    return tokenizer, documents
+
+
 class Windows:
     """Windows of `context` tokens: all documents in a new order each epoch, joined, cut; each starts with BOS.
 
-    Window `n` is a function of the seed and `n` alone, so a run can stop and resume anywhere.
+    Window `n` is a function of the seed and `n` alone, so a run can stop and resume anywhere. The tokens live on
+    `device`.
     """
 
-    def __init__(self, documents: list[Tensor], context: int, seed: int, ends: Ends):
-        self.documents, self.context, self.seed, self.ends = documents, context, seed, ends
+    def __init__(
+        self, documents: list[Tensor], context: int, seed: int, ends: Ends, device: torch.device | None = None
+    ):
+        self.tokens, self.lengths = torch.cat(documents).to(device), torch.tensor([len(some) for some in documents])
+        self.context, self.seed, self.ends = context, seed, ends
         self.epoch = -1
-        self.per_epoch = sum(map(len, documents)) // (context - 1)
+        self.per_epoch = len(self.tokens) // (context - 1)
+        if not self.per_epoch:
+            raise ValueError(f"documents must hold at least {context - 1} tokens together, got {len(self.tokens)}")
 
-    def __getitem__(self, n: int) -> Tensor:
-        epoch, place = divmod(n, self.per_epoch)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-            order = torch.randperm(len(self.documents), generator=generator).tolist()
-            self.epoch, self.stream = epoch, torch.cat([self.documents[i] for i in order])
-        return self.stream[place * (self.context - 1) : (place + 1) * (self.context - 1)]
-
-    def batch(self, numbers: range) -> Tensor:
+    def batch(self, numbers: Iterable[int]) -> Tensor:
         """Stack windows."""
-        return stack([self[n] for n in numbers], self.context, self.ends)
+        rows = []
+        for epoch, some in groupby(numbers, lambda n: n // self.per_epoch):
+            self._turn_to(epoch)
+            begins = torch.tensor([n % self.per_epoch for n in some]) * (self.context - 1)
+            places = begins[:, None] + torch.arange(self.context - 1)
+            rows.append(self.stream[places.to(self.stream.device)])
+        return stack(torch.cat(rows), self.ends)
+
+    def _turn_to(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            return
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        self.epoch, self.stream = epoch, torch.cat([self._join(some) for some in order.split(16384)])
+
+    def _join(self, documents: Tensor) -> Tensor:
+        """Join documents, by their numbers."""
+        begins, lengths = (self.lengths.cumsum(0) - self.lengths)[documents], self.lengths[documents]
+        shifts = (begins - (lengths.cumsum(0) - lengths)).to(self.tokens.device)
+        total = int(lengths.sum())
+        shifts = shifts.repeat_interleave(lengths.to(shifts.device), output_size=total)
+        return self.tokens[shifts + torch.arange(total, device=shifts.device)]
 
     def state(self) -> str:
         """What a checkpoint has to remember: nothing."""
@@ -190,13 +315,88 @@ class Windows:
         """Go on after a checkpoint."""
 
 
-def stack(windows: list[Tensor], context: int, ends: Ends) -> Tensor:
-    """Put BOS before each window; the odd one that began with it by itself is a token shorter and ends in EOS."""
-    rows = torch.full((len(windows), context), ends.eos)
-    for row, window in zip(rows, windows, strict=True):
-        window = window[1:] if window[0] == ends.bos else window
-        row[0], row[1 : 1 + len(window)] = ends.bos, window.long()
-    return rows
+class Mixture:
+    """Windows from several sources, of each a fixed share in every round; window `n` depends on the seed and `n` alone.
+
+    Args:
+        sources: Where the windows come from.
+        shares: How many windows of a round each source gives.
+        seed: Of the order within a round.
+    """
+
+    def __init__(self, sources: list[Windows], shares: list[int], seed: int):
+        self.sources, self.shares, self.seed = sources, torch.tensor(shares), seed
+        self.per_epoch = sum(source.per_epoch for source in sources)
+        self.context = sources[0].context
+
+    def batch(self, numbers: Iterable[int]) -> Tensor:
+        """Stack windows."""
+        round_size = int(self.shares.sum())
+        parts = []
+        for number, some in groupby(numbers, lambda n: n // round_size):
+            places = torch.tensor([n % round_size for n in some])
+            parts.append(torch.stack([part[places] for part in self._round(number)]))
+        which, windows = torch.cat(parts, 1)
+        rows, order = [], []
+        for k, source in enumerate(self.sources):
+            mine = (which == k).nonzero()[:, 0]
+            if len(mine):
+                rows.append(source.batch(windows[mine].tolist()))
+                order.append(mine)
+        return torch.cat(rows)[torch.cat(order).argsort().to(rows[0].device)]
+
+    def _round(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the source of each window of a round, and its number there, which grows from window to window."""
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * number)
+        which = torch.arange(len(self.shares)).repeat_interleave(self.shares)
+        which = which[torch.randperm(len(which), generator=generator)]
+        windows = torch.empty_like(which)
+        for k, share in enumerate(self.shares.tolist()):
+            windows[which == k] = number * share + torch.arange(share)
+        return which, windows
+
+    def state(self) -> str:
+        """What a checkpoint has to remember: nothing."""
+        return ""
+
+    def restore(self, state: str) -> None:
+        """Go on after a checkpoint."""
+
+
+def parse_shares(shares: list[str], names: list[str]) -> dict[str, int]:
+    """Return how many windows of a round each corpus with a `NAME=FRACTION` fills."""
+    found = {}
+    for share in shares:
+        name, _, fraction = share.rpartition("=")
+        if name not in names:
+            raise SystemExit(f"--share {share}: must name one of the corpora {', '.join(names)}")
+        try:
+            found[name] = round(ROUND * float(fraction))
+        except ValueError:
+            raise SystemExit(f"--share {share}: must be NAME=FRACTION") from None
+        if found[name] < 1:
+            raise SystemExit(f"--share {share}: must be at least {1 / ROUND}")
+    if found and (sum(found.values()) >= ROUND or len(found) == len(set(names))):
+        raise SystemExit("--share: the fractions must leave something to a corpus without one")
+    return found
+
+
+def make_windows(args: argparse.Namespace, corpora: dict[str, Corpus], device: torch.device) -> Windows | Mixture:
+    """Return the training windows, mixed by the shares."""
+    shares = parse_shares(args.share, list(corpora))
+    groups = [[document for name, corpus in corpora.items() if name not in shares for document in corpus.kept]]
+    groups += [corpora[name].kept for name in shares]
+    # A seed of its own for each source: corpora of equally many texts are not shuffled alike.
+    sources = [Windows(group, args.context, args.seed + 7919 * k, Ends(), device) for k, group in enumerate(groups)]
+    return Mixture(sources, [ROUND - sum(shares.values()), *shares.values()], args.seed) if shares else sources[0]
+
+
+def stack(windows: Tensor, ends: Ends) -> Tensor:
+    """Put BOS before each window; one that began with it by itself is shifted, and ends in EOS."""
+    windows = windows.long()
+    shifted = torch.cat((windows[:, 1:], torch.full_like(windows[:, :1], ends.eos)), 1)
+    body = torch.where(windows[:, :1] == ends.bos, shifted, windows)
+    return torch.cat((torch.full_like(body[:, :1], ends.bos), body), 1)
 
 
 def held_out_rows(documents: list[Tensor], context: int, ends: Ends) -> tuple[Tensor, Tensor]:
@@ -211,10 +411,11 @@ def held_out_rows(documents: list[Tensor], context: int, ends: Ends) -> tuple[Te
 
 @torch.no_grad()
 def held_out_loss(model: BilinearTransformer, rows: Tensor, mask: Tensor, batch: int) -> float:
-    """Return the mean loss per token, in nats."""
+    """Return the mean loss per token, in nats, of rows padded on the right."""
     total, count = 0.0, 0
     for some, m in zip(rows.split(batch), mask.split(batch), strict=True):
-        some, m = some.to(model.W_E.device), m.to(model.W_E.device)
+        width = max(2, int(m.sum(1).max()))
+        some, m = some[:, :width].to(model.W_E.device), m[:, :width].to(model.W_E.device)
         losses = model(some, return_type="loss", attention_mask=m, loss_per_token=True)
         total += losses.sum().item()
         count += (m[:, 1:] & m[:, :-1]).sum().item()
@@ -264,6 +465,33 @@ def make_optimizers(model: BilinearTransformer, args: argparse.Namespace) -> lis
     ]
 
 
+Loss = Callable[[torch.nn.Module, Tensor], Tensor]
+
+
+def mean_loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
+    """Return the mean loss of all tokens."""
+    return model(batch, return_type="loss")
+
+
+def verdict_loss(tokenizer: Tokenizer, weight: float) -> Loss:
+    """Return a mean loss in which the token after `verdict :` counts `weight` times."""
+    ids = tokenizer.encode(VERDICT, add_special_tokens=False).ids
+
+    def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
+        losses = model(batch, return_type="loss", loss_per_token=True)
+        weights = torch.where(follows(batch, ids)[:, 1:], weight, 1.0)
+        return (losses * weights).sum() / weights.sum()
+
+    return loss
+
+
+def follows(batch: Tensor, ids: list[int]) -> Tensor:
+    """Return where in the rows of a batch the tokens just before are `ids`."""
+    found = torch.zeros_like(batch, dtype=torch.bool)
+    found[:, len(ids) :] = torch.stack([batch[:, k : k - len(ids)] == token for k, token in enumerate(ids)]).all(0)
+    return found
+
+
 def training_step(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -272,8 +500,9 @@ def training_step(
     windows: "Windows",
     step: int,
     steps: int,
-) -> float:
-    """Take one step, over as many micro-batches as a batch has; return the loss before it."""
+    loss_of: Loss = mean_loss,
+) -> Tensor:
+    """Take one step, over as many micro-batches as a batch has; return the loss before it, without waiting for it."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(step, steps, args.warmup, args.decay)
@@ -283,13 +512,13 @@ def training_step(
         begin = step * args.batch + micro * per_step + accelerator.process_index * args.micro_batch
         batch = windows.batch(range(begin, begin + args.micro_batch)).to(accelerator.device)
         with accelerator.autocast():
-            loss = model(batch, return_type="loss") / (args.batch // per_step)
+            loss = loss_of(model, batch) / (args.batch // per_step)
         accelerator.backward(loss)
         loss_sum += loss.detach()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return accelerator.reduce(loss_sum, "mean").item()
+    return accelerator.reduce(loss_sum, "mean")
 
 
 class Checkpoint:
@@ -354,6 +583,7 @@ def optimise(
     held_out: dict[str, tuple[Tensor, Tensor]],
     settings: dict,
     before_step: Callable[[int, int], dict[str, str]] = lambda step, steps: {},
+    loss_of: Loss = mean_loss,
 ) -> list[dict[str, str]]:
     """Train a model from its last checkpoint to its last step; return the rows of the log.
 
@@ -365,6 +595,7 @@ def optimise(
         held_out: Rows and mask of each corpus's held-out texts.
         settings: Everything the weights depend on: a checkpoint of a run with others is refused.
         before_step: Called with the step and their number; returns columns for the log.
+        loss_of: The loss of a batch.
     """
     per_step = args.micro_batch * accelerator.num_processes
     if args.batch % per_step:
@@ -378,41 +609,56 @@ def optimise(
     progress = tqdm(
         range(checkpoint.step, steps), initial=checkpoint.step, total=steps, desc="training", disable=not main
     )
+    patience = 1 if accelerator.device.type == "cpu" else 20  # reading a loss waits for the device
     clock = time.perf_counter()
     for step in progress:
         columns = before_step(step, steps)
-        recent.append(training_step(args, accelerator, wrapped, optimizers, windows, step, steps))
-        if not math.isfinite(recent[-1]):
-            raise SystemExit(f"loss is {recent[-1]} at step {step}: lower --lr; {checkpoint}")
+        recent.append(training_step(args, accelerator, wrapped, optimizers, windows, step, steps, loss_of))
         done = step + 1
-        progress.set_postfix(loss=f"{recent[-1]:.3f}")
-        if main and (done % args.eval_every == 0 or done == steps):
+        logs, saves = (done % every == 0 or done == steps for every in (args.eval_every, args.checkpoint_every))
+        if logs or saves or done % patience == 0:
+            recent = finite(recent, done, checkpoint)
+            progress.set_postfix(loss=f"{recent[-1]:.3f}")
+        if main and logs:
             some = {name: [part[: args.eval_texts] for part in rows] for name, rows in held_out.items()}
             losses = {name: held_out_loss(model, *rows, args.micro_batch) for name, rows in some.items()}
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             tokens = done * args.batch * args.context
             log.write(done, tokens, sum(recent) / len(recent), columns, losses, seconds)
             recent = []
-        if main and (done % args.checkpoint_every == 0 or done == steps):
+        if main and saves:
             checkpoint.save(model, optimizers, windows, done, recent)
     return log.rows if main else []
 
 
-def train(args: argparse.Namespace) -> None:
-    """Run the whole pipeline."""
-    accelerator = Accelerator(mixed_precision=args.precision, log_with="wandb" if args.wandb else None)
-    set_seed(args.seed)
+def finite(losses: list[float | Tensor], done: int, checkpoint: Checkpoint) -> list[float]:
+    """Return the last losses before step `done` as numbers; one that is not finite ends the run."""
+    losses = [float(loss) for loss in losses]
+    for step, loss in enumerate(losses, done - len(losses)):
+        if not math.isfinite(loss):
+            raise SystemExit(f"loss is {loss} at step {step}: lower --lr; {checkpoint}")
+    return losses
+
+
+class Run(NamedTuple):
+    """What `optimise` and `export` take."""
+
+    model: BilinearTransformer
+    windows: Windows | Mixture
+    held_out: dict[str, tuple[Tensor, Tensor]]
+    settings: dict
+
+
+def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Run:
+    """Tokenise the corpora and build the model, on the accelerator's device."""
     args.out.mkdir(parents=True, exist_ok=True)
-    kept, held_out_texts, digests = read_corpora(args.data, args.holdout)
-    tokenizer_file = args.out / "tokenizer.json"
     with accelerator.main_process_first():
-        if not tokenizer_file.exists():
-            train_tokenizer(kept, args.vocab).save(str(tokenizer_file))
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    windows = Windows(encode(tokenizer, kept, Ends()), args.context, args.seed, Ends())
+        tokenizer, corpora = tokenised_corpora(args)
+    windows = make_windows(args, corpora, accelerator.device)
     held_out = {
-        name: held_out_rows(encode(tokenizer, texts, Ends()), args.context, Ends())
-        for name, texts in held_out_texts.items()
+        name: held_out_rows(corpus.held_out, args.context, Ends())
+        for name, corpus in corpora.items()
+        if corpus.held_out
     }
     accelerator.print(
         f"{windows.per_epoch * (args.context - 1) / 1e6:.1f}M tokens of training text, "
@@ -421,14 +667,22 @@ def train(args: argparse.Namespace) -> None:
     model = new_model(args, tokenizer)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     settings = {k: v for k, v in vars(args).items() if k not in UNSEEN} | {
-        "data": digests,
-        "tokenizer": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
+        "data": {name: corpus.digest for name, corpus in corpora.items()},
+        "tokenizer": hashlib.sha256((args.out / "tokenizer.json").read_bytes()).hexdigest(),
         "devices": accelerator.num_processes,
     }
+    return Run(model.to(accelerator.device), windows, held_out, settings)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run the whole pipeline."""
+    accelerator = Accelerator(mixed_precision=args.precision, log_with="wandb" if args.wandb else None)
+    set_seed(args.seed)
+    model, windows, held_out, settings = prepare(args, accelerator)
     if args.wandb:
         accelerator.init_trackers(args.wandb, settings)
-    model = model.to(accelerator.device)
-    curve = optimise(args, accelerator, model, windows, held_out, settings)
+    loss_of = mean_loss if args.verdict_weight == 1 else verdict_loss(model.tokenizer, args.verdict_weight)
+    curve = optimise(args, accelerator, model, windows, held_out, settings, loss_of=loss_of)
     if accelerator.is_main_process:
         export(args.out / "model", model, held_out, {"settings": settings, "curve": curve})
     accelerator.end_training()
@@ -464,11 +718,14 @@ class Log:
         tqdm.write("  ".join(f"{k} {v}" for k, v in row.items()))
 
     def _flush(self) -> None:
-        if self.rows:
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.rows[0])
-                writer.writeheader()
-                writer.writerows(self.rows)
+        if not self.rows:
+            return
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(partial, self.path)
 
 
 def export(folder: Path, model: BilinearTransformer, held_out: dict[str, tuple[Tensor, Tensor]], record: dict) -> None:

@@ -137,8 +137,8 @@ def test_what_cannot_be_annealed_is_refused(make_model, gated, corpus, tmp_path)
 def test_a_loss_that_is_not_a_number_ends_the_run_at_a_good_checkpoint(gated, corpus, tmp_path, monkeypatch):
     take_step = train_language.training_step
 
-    def spoil(args, accelerator, model, optimizers, windows, step, steps):
-        loss = take_step(args, accelerator, model, optimizers, windows, step, steps)
+    def spoil(args, accelerator, model, optimizers, windows, step, steps, loss_of):
+        loss = take_step(args, accelerator, model, optimizers, windows, step, steps, loss_of)
         return float("nan") if step == 12 else loss
 
     monkeypatch.setattr(train_language, "training_step", spoil)
@@ -149,8 +149,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_a_good_checkpoint(gated, co
 def test_weights_that_are_not_finite_are_not_kept(gated, corpus, tmp_path, monkeypatch):
     take_step = train_language.training_step
 
-    def spoil(args, accelerator, model, optimizers, windows, step, steps):
-        loss = take_step(args, accelerator, model, optimizers, windows, step, steps)
+    def spoil(args, accelerator, model, optimizers, windows, step, steps, loss_of):
+        loss = take_step(args, accelerator, model, optimizers, windows, step, steps, loss_of)
         if step == 9:
             next(model.parameters()).data[0, 0] = torch.nan
         return loss
