@@ -119,9 +119,9 @@ def _verdicts(readout: dict, found: dict) -> str:
     return f"""## Verdicts
 
 After a statement and `{prompt}` the next token is one of {words}: a mean rating (-4 to 4) of at least {great} is great,
-of at least {good} good, the same below zero terrible and bad, and what lies between okay. The log-odds of great and good
-against bad and terrible measure sentiment. On held-out sentences of film reviews rated above .7 or below -.7, and on
-minimal pairs with words and frames never trained on (a flip: both statements of a pair on their right side):
+of at least {good} good, the same below zero terrible and bad, and what lies between okay. The log-odds of great and
+good against bad and terrible measure sentiment. On held-out sentences of film reviews rated above .7 or below -.7, and
+on minimal pairs with words and frames never trained on (a flip: both statements of a pair on their right side):
 
 | judge | {" | ".join(columns)} |
 |---|{"---|" * len(columns)}
