@@ -303,9 +303,8 @@ def load_bilinear(name: str) -> "BilinearTransformer":
     import bilens
 
     model = bilens.load(name)
-    for block in model.blocks:
-        if block.mlp.kind != "bilinear":
-            raise ValueError(f"model must have bilinear MLPs, those of {name} are {block.mlp.kind}")
+    if (kind := model.cfg.mlp.kind) != "bilinear":
+        raise ValueError(f"model must have bilinear MLPs, those of {name} are {kind}")
     return model
 
 

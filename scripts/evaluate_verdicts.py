@@ -23,7 +23,7 @@ from torch import Tensor
 from train_language import is_held_out
 
 import bilens
-from bilens.transformer import BilinearTransformer
+from bilens.models.transformer import BilinearTransformer
 
 PROMPT = " verdict :"
 GOOD, BAD = ("great", "good"), ("bad", "terrible")
