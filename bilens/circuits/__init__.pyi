@@ -10,6 +10,7 @@ from . import findings as findings
 from . import groups as groups
 from . import layer as layer
 from . import lowrank as lowrank
+from . import marks as marks
 from . import motifs as motifs
 from . import nulls as nulls
 from . import paths as paths

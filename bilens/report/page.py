@@ -11,14 +11,16 @@ import torch
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.discovery import Discoveries
 from bilens.circuits.findings import Finding
 from bilens.circuits.layer import FeatureLayer
+from bilens.circuits.marks import Marked
+from bilens.circuits.negating import Negation
 from bilens.circuits.spectral import Outliers
 from bilens.models.files import atomic_write
 from bilens.tensor.interactions import Interactions
 
+from . import negation as first
 from . import sections
 from .cards import cards
 
@@ -34,17 +36,17 @@ def write_report(
     discoveries: Discoveries | None = None,
     ranking: Outliers | None = None,
     strongest: Interactions | None = None,
-    couplings: NegationCouplings | None = None,
-    coupling_test: CouplingTest | None = None,
+    negation: Negation | None = None,
+    marked: Sequence[Marked] = (),
     generator: torch.Generator | None = None,
     title: str = "bilens report",
     note: str = "",
 ) -> Path:
     """Write one HTML file of under 5 MB that needs nothing else.
 
-    It holds the findings in the order given, each with the graph of its strongest pairs, heat map, spectrum against
-    random output directions, plane of the two strongest eigenvectors, predictions and tests; the cards of all features
-    in them; and tables of the whole layer.
+    It holds what the model does with negators, then the findings in the order given, each with the graph of its
+    strongest pairs, heat map, spectrum against random output directions, plane of the two strongest eigenvectors,
+    predictions and tests; the cards of all features in them; and tables of the whole layer.
 
     Args:
         path: The file; it is replaced.
@@ -53,8 +55,8 @@ def write_report(
         discoveries: What the search found in all output features.
         ranking: Output features by spectral outliers.
         strongest: The strongest pairs of the whole layer.
-        couplings: Negators and sentiment as groups, layer by layer.
-        coupling_test: Their products taken out of the running model.
+        negation: What the model does with negators; it comes first.
+        marked: Sentences in which the features of negators and sentiment are marked.
         generator: Of the random output directions whose spectra are drawn; no such band if `None`.
         title: Heading.
         note: A sentence on where the numbers come from.
@@ -68,9 +70,9 @@ def write_report(
         "note": note,
         "summary": sections.summary(findings),
         "discoveries": discoveries,
-        "groups": None if couplings is None else sections.groups(lens, couplings, coupling_test),
+        "negation": None if negation is None else first.section(lens, negation, marked),
         "findings": [sections.finding(lens, one, number, null) for number, one in enumerate(findings, 1)],
-        "cards": cards(lens, findings, [] if couplings is None else sections.members(lens, couplings)),
+        "cards": cards(lens, findings, [] if negation is None else first.members(lens, negation)),
         "layer": {"number": lens.layer, "tables": sections.tables(lens, ranking, strongest)},
     }
     with atomic_write(path) as partial:

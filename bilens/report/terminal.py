@@ -7,10 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from bilens.circuits.attribution import Attribution
-from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.discovery import Discoveries
 from bilens.circuits.findings import Finding
 from bilens.circuits.layer import FeatureLayer
+from bilens.circuits.negating import Negation
 from bilens.saes.cards import Card, FeatureCards
 from bilens.tensor.interactions import Interactions
 
@@ -51,21 +51,31 @@ def print_findings(console: Console, found: Discoveries, findings: Sequence[Find
     console.print(table)
 
 
-def print_negation(console: Console, couplings: NegationCouplings | None, test: CouplingTest | None) -> None:
-    """Print whether negators flip sentiment: by the weights of every layer, and by the running model in this one."""
-    if couplings is None:
-        return
-    console.print("[b]sentiment negation[/b]: negators × sentiment → good less bad words; a negative z flips")
-    for one, q in zip(couplings.layers, couplings.q.tolist(), strict=True):
-        sizes = f"{len(one.left.features)} × {len(one.right.features)} features"
-        console.print(f"  layer {one.layer}: {sizes}, z = {one.z[0]:+.2f}, q = {q:.2g}", markup=False)
+def print_negation(console: Console, found: Negation, n: int = 5) -> None:
+    """Print where negators turn the verdict, by which features, and what the running model does without these."""
+    search, test = found.search, found.test
+    console.print("[b]where “not” turns the verdict[/b]: negators × sentiment → good less bad; a negative z turns it")
+    for one in sorted(search.groups, key=lambda one: (one.coupling.layer, one.place)):
+        groups = one.coupling
+        sizes = f"{len(groups.left.features)} × {len(groups.right.features)} features"
+        about = f"layer {groups.layer}, at the {one.place}: {sizes}, z = {groups.z[0]:+.2f}, q = {one.q:.2g}"
+        console.print(f"  {about}", markup=False)
+    if search.groups:
+        left, right = search.groups[0].names
+        console.print(f"  the strongest groups: {left} × {right}", markup=False)
+    console.print(f"  single pairs: {search.n_found} of {search.n_tested} have q < 0.01", markup=False)
+    for one in search.pairs[: min(n, search.n_found)]:
+        where, names = f"layer {one.layer}, at the {one.place}", " × ".join(one.names)
+        console.print(f"    {where}: {names} → {one.output}, q = {one.q:.2g}", markup=False)
     if test is not None:
-        ranks = test.percentile
+        before, after = test.before, test.after
         console.print(
-            f"  without their products in layer {test.coupling.layer}: predicted and measured change correlate "
-            f"{test.correlation:.3f}; KL at percentile {ranks['kl']:.0f}, loss at {ranks['loss']:.0f} of "
-            f"{len(test.scale)} random groups"
+            f"  [b]without their products[/b] {after.all:.0%} of {len(test.measured)} sentences flip, with them "
+            f"{before.all:.0%}; plain ones are judged right at {after.plain:.0%}, {before.plain:.0%}"
         )
+        if controls := [*test.controls, *test.matched]:
+            least = min(one.all for one in controls)
+            console.print(f"  without as many random products at least {least:.0%} flip ({len(controls)} edits)")
 
 
 def print_attribution(console: Console, lens: FeatureLayer, found: Attribution, k: int) -> None:
