@@ -161,7 +161,7 @@ Edit: TypeAlias = Callable[[Asked], AbstractContextManager[Any]]  # makes the ed
 def verdict_logits(
     model: BilinearTransformer, asked: Asked, edit: Edit | None = None
 ) -> Float[Tensor, "statement vocab"]:
-    """Return the logits of the token after each statement and the prompt, under an edit of the model if there is one."""
+    """Return the logits of the token after each statement and the prompt, the model edited if there is an edit."""
     found = model.W_U.new_empty(len(asked), model.cfg.d_vocab)
     for rows, some in asked.batches():
         with nullcontext() if edit is None else edit(some):
@@ -191,9 +191,8 @@ class Behaviour:
     words: tuple[str, ...]  # the likeliest next token of each
 
     def __repr__(self) -> str:
-        return (
-            f"Behaviour({', '.join(f'{s!r}: {v:+.2f}' for s, v in zip(self.statements, self.log_odds, strict=True))})"
-        )
+        rows = zip(self.statements, self.log_odds.tolist(), strict=True)
+        return f"Behaviour({', '.join(f'{statement!r}: {odds:+.2f}' for statement, odds in rows)})"
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return a row for each statement."""
