@@ -1,5 +1,6 @@
 """The command as a user runs it: offline, in an empty folder, on the embedded model."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -9,10 +10,13 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from sae_lens import TopKSAE
 
 import bilens
-from bilens.__main__ import COMMANDS, main, read_texts
+from bilens.__main__ import COMMANDS, ask, main, read_texts
+
+JUDGED = ("good", "not good", "bad", "not bad")
 
 
 def run(folder, *args):
@@ -30,10 +34,11 @@ def main_job(tmp_path_factory):
 def test_the_main_job_prints_tables_and_says_where_the_report_is(main_job):
     done, folder = main_job
     assert done.returncode == 0, done.stderr
-    assert "strongest feature pairs of layer 3" in done.stdout
-    assert "sentiment negation" in done.stdout
-    q = float(re.search(r"layer 3: \d+ × \d+ features, z = -\d\.\d\d, q = ([\d.e-]+)", done.stdout)[1])
-    assert q < 0.01
+    order = ["what the model says", "where “not” turns the verdict", "without their products", "motifs in"]
+    order += ["strongest feature pairs of layer", "report: "]
+    places = [done.stdout.find(said) for said in order]
+    assert -1 not in places
+    assert places == sorted(places)
     assert len(re.findall(r"[+-]\d\.\d{3}\s", done.stdout)) >= 10
     assert [path.name for path in folder.iterdir()] == ["bilens-report.html"]
     assert re.sub(r"\s", "", str(folder / "bilens-report.html")) in re.sub(r"\s", "", done.stdout)
@@ -42,9 +47,20 @@ def test_the_main_job_prints_tables_and_says_where_the_report_is(main_job):
 def test_the_report_is_self_contained(main_job):
     html = (main_job[1] / "bilens-report.html").read_text()
     assert not re.findall(r"""(?:src|href)\s*=\s*["']?https?://""", html)
-    for part in ("Eigenvalues;", "Negators × sentiment, as groups", "Feature cards", "tested by editing"):
+    for part in ("Eigenvalues;", "What the model does with “not”", "Feature cards", "tested by editing"):
         assert part in html
-    assert html.count('<div class="plot"') >= 4 * 6 + 3 + 2
+    assert html.count('<div class="plot"') >= 4 * 6 + 3 + 1
+
+
+def test_the_verdicts_turn_and_do_not_without_the_circuit(main_job):
+    """The four verdicts have their signs; without the products of negators and sentiment fewer sentences flip."""
+    said = main_job[0].stdout
+    odds = [float(re.search(rf"the movie was {what} +│ +([+-][\d.]+) │", said)[1]) for what in JUDGED]
+    assert [value > 0 for value in odds] == [True, False, False, True]
+    without, flip = re.search(r"without their products (\d+)% of \d+ sentences flip, with them\s+(\d+)%", said).groups()
+    assert int(without) < int(flip)
+    kept = int(re.search(r"without as many random products at least (\d+)% flip", said)[1])
+    assert kept > int(without)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +82,17 @@ def test_circuits_of_a_chosen_layer_as_json(few_features, tmp_path):
     brief = ("--draws", "200", "--controls", "4", "--features", "2", "--layer", "1")
     done = run(tmp_path, "circuits", "--saes", str(few_features), "--json", *brief)
     assert done.returncode == 0, done.stderr
-    assert "negation not looked for: lenses must have feature cards" in done.stderr
     found = json.loads(done.stdout)
-    assert (found["layer"], found["negation"], len(found["findings"])) == (1, None, 2)
+    assert (found["layer"], len(found["findings"])) == (1, 2)
     assert {"feature", "eigenvalues", "motifs", "pairs", "pearson_active"} <= set(found["findings"][0])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_gives_no_verdict_is_not_searched_for_negation(make_model, capsys):
+    model = make_model()
+    console, args = Console(), argparse.Namespace(model="bilens-mini")
+    assert ask(args, console, model) is None
+    assert "negation not looked for: " in capsys.readouterr().err
 
 
 def test_attribute_sums_to_the_model(tmp_path):
