@@ -18,11 +18,16 @@ if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spin
     from .circuits.couplings import CouplingTest, NegationCouplings
     from .circuits.discovery import Discoveries
     from .circuits.layer import FeatureLayer
+    from .circuits.marks import Marked
+    from .circuits.negating import Negation
     from .circuits.trial import CircuitTest
+    from .circuits.verdict import Readout
     from .models.transformer import BilinearTransformer
     from .saes.cards import Card, FeatureCards
 
 REPORT = Path("bilens-report.html")
+CONTROLS = 3  # random edits beside that of the negation, each at two strengths: a few seconds
+SHOWN = 12  # output features in the report's table of the layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,10 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser(
-        "circuits", help="rank a layer, search it for motifs, test them, write a report (default)"
+        "circuits", help="verdicts, negation, then the circuits of a layer; writes a report (default)"
     )
     one.add_argument("model", nargs="?", default="bilens-mini", help="bilens-mini, a folder or a Hub repository")
-    one.add_argument("--layer", type=int, help="which layer (default: where negators flip sentiment most)")
+    one.add_argument("--layer", type=int, help="which layer (default: where negators turn the verdict most surely)")
     one.add_argument("--text", help="text to test on: a file, or a Hub dataset (default: sampled from the model)")
     one.add_argument("--features", type=int, default=6, help="output features to report in detail")
     one.add_argument("--tests", type=int, default=1, help="of how many the strongest pair is tested on the text")
@@ -94,82 +99,120 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
-    """Rank a layer, search it, test what was found, and write the report."""
+    """Say what the model does with negators and by which features, search a layer, test, and write the report."""
     began = time.perf_counter()
     check_counts(args)
-    with console.status("loading model and SAEs ..."):
+    with console.status("loading the model ..."):
         import torch
 
+        model = load_bilinear(args.model)
+        readout = ask(args, console, model)
+    with console.status("loading the SAEs ..."):
         import bilens
-        from bilens import circuits, report
+        from bilens import circuits
         from bilens.report import terminal
 
-        model = load_bilinear(args.model)
         layers = range(model.cfg.n_layers) if args.layer is None else [args.layer]
         lenses = {i: circuits.FeatureLayer.load(model, i, args.saes or args.model) for i in layers}
         texts = read_texts(args.text) if args.text else None
     generator = torch.Generator().manual_seed(args.seed)
-    with console.status("asking in which layer negators flip sentiment ..."):
-        couplings = find_couplings(lenses, generator)
-    lens = lenses[args.layer if args.layer is not None else strongest_layer(couplings, len(layers) // 2)]
+    negation = find_negation(console, lenses, readout, generator)
+    couplings = find_couplings(console, lenses, generator) if negation is None else None
+    lens = lenses[strongest_layer(negation, couplings, layers[len(layers) // 2])]
     n_features = len(lens.readers)
     console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features at each end of an MLP")
-    with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
-        strongest = bilens.top_interactions(lens.tensor, 100, out=lens.readers, inp=lens.writers)
-        ranking = circuits.outliers(lens)
-    terminal.print_ranking(console, lens, strongest)
     with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
         found = circuits.search(lens, generator=generator, null=args.null, n=args.draws)
     with console.status("sampling text from the model ..."):
         dataset = sample_text(model) if texts is None else texts
+    with console.status("ranking output features by their spectra ..."):
+        ranking = circuits.outliers(lens, k=max(args.features, SHOWN))
     chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
     tested = run_tests(args, console, lens, found, chosen, dataset, generator)
     with console.status("testing predictions on text ..."):
         findings = circuits.describe(lens, chosen, dataset, found, tested)
     terminal.print_findings(console, found, findings)
-    with console.status(f"testing negation in layer {lens.layer} on text ..."):
-        coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator)
-    terminal.print_negation(console, couplings, coupling_test)
+    coupling_test = None
+    if couplings is not None:
+        with console.status(f"testing negation in layer {lens.layer} on text ..."):
+            coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator)
+        terminal.print_couplings(console, couplings, coupling_test)
+    with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
+        strongest = bilens.top_interactions(lens.tensor, 100, out=lens.readers, inp=lens.writers)
+    terminal.print_ranking(console, lens, strongest)
     source = args.text or f"{len(dataset)} texts sampled from the model itself"
     out = args.out or (None if args.json else REPORT)
     if out is not None:
-        path = report.write_report(
-            out, lens, findings, discoveries=found, ranking=ranking, strongest=strongest,
-            couplings=couplings, coupling_test=coupling_test, generator=generator,
-            title=f"{args.model}, layer {lens.layer}",
-            note=f"bilens {bilens.__version__}, seed {args.seed}; predictions tested on {source}.",
-        )  # fmt: skip
+        with console.status("writing the report ..."):
+            from bilens import report
+
+            path = report.write_report(
+                out, lens, findings, discoveries=found, ranking=ranking, strongest=strongest, negation=negation,
+                marked=mark_sentences(lens, negation), couplings=couplings, coupling_test=coupling_test,
+                generator=generator, title=f"{args.model}, layer {lens.layer}",
+                note=f"bilens {bilens.__version__}, seed {args.seed}; predictions tested on {source}.",
+            )  # fmt: skip
         console.print(f"report: {path}  ({time.perf_counter() - began:.0f} s)")
     about = {"model": args.model, "layer": lens.layer, "seed": args.seed, "text": source, "fdr": found.fdr}
-    tested = None if coupling_test is None else coupling_test.to_dict()
-    about["negation"] = None if couplings is None else couplings.to_dict() | {"test": tested}
+    about["negation"] = None if negation is None else negation.to_dict()
+    if couplings is not None:
+        tested = None if coupling_test is None else coupling_test.to_dict()
+        about["negation"] = couplings.to_dict() | {"test": tested}
     return about | {"discoveries": len(found.found), "findings": [one.to_dict() for one in findings]}
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """Make sure that there is enough of everything.
+def ask(args: argparse.Namespace, console: "Console", model: "BilinearTransformer") -> "Readout | None":
+    """Print the model's verdicts; return how it was asked, or None, with the reason, if it gives none."""
+    from bilens.circuits import verdict
+    from bilens.report.verdicts import print_behaviour
 
-    Raises:
-        ValueError: There is not.
-    """
-    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    readout = verdict.Readout.of(args.model)
+    try:
+        told = verdict.behaviour(model, verdict.SENTENCES[:4], readout)
+    except ValueError as error:
+        print(f"no verdicts: {error}", file=sys.stderr)
+        return None
+    if not {*readout.good, *readout.bad} & set(told.words):
+        words = ", ".join(map(repr, dict.fromkeys(told.words)))
+        print(f"no verdicts: after {readout.prompt!r} the model says {words}", file=sys.stderr)
+        return None
+    print_behaviour(console, told, readout)
+    return readout
 
 
-def find_couplings(lenses: "dict[int, FeatureLayer]", generator: "torch.Generator") -> "NegationCouplings | None":
-    """Ask every layer whether negators flip sentiment; None, with the reason, where the cards cannot tell them."""
+def find_negation(
+    console: "Console", lenses: "dict[int, FeatureLayer]", readout: "Readout | None", generator: "torch.Generator"
+) -> "Negation | None":
+    """Find the products that turn the verdict, and take them out of the running model."""
+    from bilens.circuits.negating import negation
+    from bilens.report import terminal
+
+    if readout is None:
+        return None
+    with console.status("looking for what turns the verdict in every layer, and taking it out ..."):
+        found = negation(lenses, generator=generator, readout=readout, n_controls=CONTROLS)
+    terminal.print_negation(console, found)
+    return found
+
+
+def find_couplings(
+    console: "Console", lenses: "dict[int, FeatureLayer]", generator: "torch.Generator"
+) -> "NegationCouplings | None":
+    """Ask every layer of a model without verdicts whether negators flip sentiment; None where the cards cannot tell."""
     from bilens.circuits.couplings import negation_couplings
 
-    try:
-        return negation_couplings(lenses, generator=generator)
-    except ValueError as error:
-        print(f"negation not looked for: {error}", file=sys.stderr)
-        return None
+    with console.status("asking in which layer negators flip sentiment ..."):
+        try:
+            return negation_couplings(lenses, generator=generator)
+        except ValueError as error:
+            print(f"negation not looked for: {error}", file=sys.stderr)
+            return None
 
 
-def strongest_layer(couplings: "NegationCouplings | None", default: int) -> int:
-    """Return the layer where the groups are coupled most significantly."""
+def strongest_layer(negation: "Negation | None", couplings: "NegationCouplings | None", default: int) -> int:
+    """Return the layer where negators turn the verdict, or flip sentiment, most significantly."""
+    if negation is not None and negation.search.groups:
+        return negation.search.groups[0].coupling.layer
     return default if couplings is None else couplings.layers[int(couplings.q.argmin())].layer
 
 
@@ -191,6 +234,30 @@ def run_coupling_test(
     except ValueError as error:
         print(f"negation not tested: {error}", file=sys.stderr)
         return None
+
+
+def mark_sentences(lens: "FeatureLayer", negation: "Negation | None") -> "list[Marked]":
+    """Say where the layer's groups are active in a sentence about something good, and in one about something bad."""
+    from bilens.circuits import verdict
+    from bilens.circuits.marks import mark
+    from bilens.report.negation import halves
+
+    here = () if negation is None else [one for one in negation.search.groups if one.coupling.layer == lens.layer]
+    if not here:
+        return []
+    asked = [sentence + negation.readout.prompt for sentence in verdict.SENTENCES[1:4:2]]
+    return [mark(lens, sentence, halves(here[0])) for sentence in asked]
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Make sure that there is enough of everything.
+
+    Raises:
+        ValueError: There is not.
+    """
+    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
 
 
 def run_tests(

@@ -50,6 +50,15 @@ def test_pairs_are_the_largest_coefficients_of_the_feature(lens):
     assert found.value[0].abs() >= best * (1 - 1e-12)
 
 
+def test_the_strongest_outliers_are_those_of_all(lens):
+    few, full = circuits.outliers(lens, k=5), circuits.outliers(lens)
+    assert few.feature.tolist() == full.feature[:5].tolist()
+    torch.testing.assert_close(few.ratio, full.ratio[:5])
+    assert len(circuits.outliers(lens, k=10_000).feature) == len(full.feature)
+    with pytest.raises(ValueError, match="k must be None with by='ratio', got 3"):
+        circuits.outliers(lens, "ratio", k=3)
+
+
 @pytest.mark.parametrize("by", ["strength", "ratio"])
 def test_outliers_rank_by_the_two_strongest_eigenvalues(lens, by):
     found = circuits.outliers(lens, by)

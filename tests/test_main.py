@@ -1,5 +1,6 @@
 """The command as a user runs it: offline, in an empty folder, on the embedded model."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -9,10 +10,11 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from sae_lens import TopKSAE
 
 import bilens
-from bilens.__main__ import COMMANDS, main, read_texts
+from bilens.__main__ import COMMANDS, ask, main, read_texts
 
 
 def run(folder, *args):
@@ -71,6 +73,13 @@ def test_circuits_of_a_chosen_layer_as_json(few_features, tmp_path):
     assert (found["layer"], found["negation"], len(found["findings"])) == (1, None, 2)
     assert {"feature", "eigenvalues", "motifs", "pairs", "pearson_active"} <= set(found["findings"][0])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_gives_no_verdict_is_not_asked_again(make_model, capsys):
+    model = make_model()
+    console, args = Console(), argparse.Namespace(model="bilens-mini")
+    assert ask(args, console, model) is None
+    assert "no verdicts: " in capsys.readouterr().err
 
 
 def test_attribute_sums_to_the_model(tmp_path):

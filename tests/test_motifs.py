@@ -390,3 +390,18 @@ def test_errors_name_the_argument():
         search((B, readers, D.clone().fill_(math.nan)), generator=seeded())
     with pytest.raises(ValueError, match="motif must be among"):
         search(layer, ["and"], generator=seeded(), n=1, tail=False).of("xor")
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+def test_the_strongest_features_are_those_of_the_dense_matrix(n):
+    """Computed in blocks from the diagonal on: the number of features need not be a multiple of theirs."""
+    generator = torch.Generator().manual_seed(n)
+    D = torch.randn(n, 8, generator=generator, dtype=torch.float64)
+    M = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
+    M = M + M.mT
+    found = scoring.strongest_features(M, D, min(n, 5))
+    T = 2 * D @ M @ D.T
+    T.diagonal(dim1=1, dim2=2).div_(2)
+    torch.testing.assert_close(found.own, T.diagonal(dim1=1, dim2=2))
+    largest = T.abs().amax(2)
+    torch.testing.assert_close(largest.gather(1, found.features), largest.topk(min(n, 5)).values)

@@ -10,9 +10,13 @@ import torch
 
 import bilens
 from bilens import circuits, report
+from bilens.circuits import negating
+from bilens.circuits.marks import mark
+from bilens.report.negation import halves
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SAID = [("like", "movie", "good"), ("hate", "film", "bad"), ("see", "story", "great"), ("watch", "plot", "awful")]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SENTENCE = "the movie was not very good verdict :"
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
 
 
@@ -40,6 +44,15 @@ def _active_pair(lens, texts):
 
 
 @pytest.fixture(scope="module")
+def negation(lens):
+    """Verdicts with and without the layer's products; what they say of the model is not looked at here."""
+    generator = torch.Generator().manual_seed(0)
+    found = negating.negation({2: lens}, generator=generator, n_controls=1, n_null=200)
+    assert found.search.groups
+    return found, [mark(lens, SENTENCE, halves(found.search.groups[0]))]
+
+
+@pytest.fixture(scope="module")
 def flips(lens):
     """Negators and sentiment as groups, tested on a few sentences."""
     generator = torch.Generator().manual_seed(0)
@@ -53,12 +66,11 @@ def flips(lens):
 
 
 @pytest.fixture(scope="module")
-def path(lens, findings, flips, tmp_path_factory):
+def path(lens, findings, negation, flips, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.html"
-    options = {"discoveries": findings[0], "ranking": circuits.outliers(lens), "title": "A <title> & more"}
-    options["strongest"] = bilens.top_interactions(lens.tensor, 10, out=lens.readers, inp=lens.writers)
-    couplings, test = flips
-    options |= {"couplings": couplings, "coupling_test": test}
+    options = {"discoveries": findings[0], "ranking": circuits.outliers(lens, k=12), "title": "A <title> & more"}
+    options["strongest"] = bilens.top_interactions(lens.tensor, 10, out=lens.readers[:64], inp=lens.writers)
+    options |= {"negation": negation[0], "marked": negation[1], "couplings": flips[0], "coupling_test": flips[1]}
     return report.write_report(out, lens, findings[1], generator=torch.Generator().manual_seed(0), **options)
 
 
@@ -144,6 +156,40 @@ def test_a_screen_reader_is_told_what_there_is(page):
     )
 
 
+LABELS = """plot => [...plot.querySelectorAll('.annotation')].filter(e => e.style.display !== 'none')
+    .map(e => e.querySelector('text').getBoundingClientRect()).map(b => [b.left, b.top, b.right, b.bottom])"""
+
+
+def test_labels_do_not_overlap_and_stay_inside(page):
+    """What the browser has drawn: also on a phone, where those that find no place are left out."""
+    planes = [
+        plot for plot in page.query_selector_all(".plot") if "plane of the two" in plot.get_attribute("aria-label")
+    ]
+    assert planes
+    for plane in planes:
+        plane.scroll_into_view_if_needed()
+        page.wait_for_function("plot => plot.querySelector('.annotation') !== null", arg=plane, timeout=60_000)
+        page.wait_for_timeout(200)
+        boxes = page.evaluate(LABELS, plane)
+        assert len(boxes) >= (6 if page.viewport_size["width"] > 1000 else 1)
+        over = [
+            (a, b)
+            for i, a in enumerate(boxes)
+            for b in boxes[:i]
+            if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+        ]
+        assert not over
+        around = plane.bounding_box()
+        assert all(around["x"] <= a[0] and a[2] <= around["x"] + around["width"] for a in boxes)
+
+
+def test_every_figure_has_a_title_that_is_not_cut(page):
+    titles = page.query_selector_all("figure .title")
+    assert len(titles) == len(page.query_selector_all(".plot"))
+    assert all(title.inner_text() for title in titles)
+    assert page.evaluate("[...document.querySelectorAll('figure .title')].every(t => t.scrollWidth <= t.clientWidth)")
+
+
 def test_groups_are_named_and_tested(page, flips):
     found, test = flips
     section = page.query_selector("section[aria-labelledby='h-groups']")
@@ -155,6 +201,38 @@ def test_groups_are_named_and_tested(page, flips):
     assert f"at {len(test.measured)} positions" in text
     assert found.to_dict()["layers"][0]["q"] == pytest.approx(found.q[0].item())
     assert test.to_dict()["correlation"] == test.correlation
+
+
+def test_verdicts_and_negation_come_first(page, negation):
+    found, _ = negation
+    section = page.query_selector("main section")
+    assert section.get_attribute("id") == "negation"
+    text = section.inner_text()
+    assert all(statement in text for statement in found.behaviour.statements)
+    for group in halves(found.search.groups[0]):
+        assert group.role in text
+        strongest = group.features[group.weights.abs().argmax()].item()
+        assert section.query_selector(f"a[href='#inp-{strongest}']") is not None
+    assert f"{100 * found.test.before.all:.3g}" in text
+    assert f"over {len(found.test.measured)} negated statements" in text
+
+
+def test_a_sentence_is_marked_where_the_groups_are_active(page, negation):
+    marked = negation[1][0]
+    lines = page.query_selector_all("#negation .contexts li")
+    assert len(lines) == len(marked.roles)
+    for line, role, values in zip(lines, marked.roles, marked.values, strict=True):
+        marks = line.query_selector_all("mark")
+        assert len(marks) == int((values > 0.02 * values.max()).sum())
+        assert all(one.get_attribute("title").startswith(f"{role} ") for one in marks)
+        shades = [float(one.evaluate("e => e.style.getPropertyValue('--a')")) for one in marks]
+        assert max(shades, default=1.0) == 1.0
+    text = " ".join(
+        lines[0]
+        .evaluate("e => [...e.childNodes].map(n => n.firstChild?.textContent ?? n.textContent).join('')")
+        .split()
+    )
+    assert text.endswith(SENTENCE)
 
 
 def test_findings_hold_what_the_page_shows(lens, findings):
@@ -180,5 +258,6 @@ def test_a_report_needs_neither_cards_nor_text_that_activates(lens, tmp_path):
     assert "a &lt; b" in html
     assert "No motif beyond the null models." in html
     assert "The whole layer" not in html
+    assert "What the model does" not in html
     assert "–" in html  # a correlation over fewer than three positions
     assert [path.name for path in tmp_path.iterdir()] == ["bare.html"]

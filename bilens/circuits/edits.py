@@ -3,8 +3,8 @@
 At its end, also after an exception, the model is what it was, bit for bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeAlias
 
 from jaxtyping import Bool, Float, Int
@@ -94,7 +94,11 @@ def without_pair(
 
 @contextmanager
 def without_pairs(
-    lens: FeatureLayer, left: Features, right: Features, where: Bool[Tensor, "batch seq"] | None = None
+    lens: FeatureLayer,
+    left: Features,
+    right: Features,
+    where: Bool[Tensor, "batch seq"] | None = None,
+    scale: float = 1.0,
 ) -> Iterator[BilinearTransformer]:
     """Take the products of two groups of input features out of what the MLP computes, `y' = y - 2 B(x_A, x_B)`.
 
@@ -106,6 +110,7 @@ def without_pairs(
         left: Input features.
         right: Other input features.
         where: At which positions; everywhere if `None`.
+        scale: How many times they are taken out: 1 leaves none, -1 doubles them.
     """
     left, right = _indices(left), _indices(right)
     for name, group in (("left", left), ("right", right)):
@@ -115,9 +120,38 @@ def without_pairs(
         raise ValueError(f"left and right must be different input features, got {min(twice)} twice")
 
     def between(x: Tensor) -> Tensor:
-        return product(lens, lens.codes(x), left, right)
+        return scale * product(lens, lens.codes(x), left, right)
 
     with _without(lens, between, where) as model:
+        yield model
+
+
+@contextmanager
+def without_products(
+    lenses: Mapping[int, FeatureLayer],
+    groups: Mapping[int, tuple[Features, Features]],
+    where: Bool[Tensor, "batch seq"] | None = None,
+    scale: Mapping[int, float] | None = None,
+) -> Iterator[BilinearTransformer]:
+    """Take the products of two groups of input features out of several layers at once, as `without_pairs` does of one.
+
+    A later layer's features are those of the edited model.
+
+    Args:
+        lenses: The layers, of one model.
+        groups: By layer, the two groups.
+        where: At which positions; everywhere if `None`.
+        scale: By layer, how many times they are taken out; once if `None`.
+
+    Raises:
+        ValueError: No groups, or those of a layer without a lens.
+    """
+    if missing := sorted(groups.keys() - lenses.keys()) or not groups:
+        raise ValueError(f"groups must be of the layers {sorted(lenses)}, got {missing if groups else 'none'}")
+    with ExitStack() as edits:
+        for layer, (left, right) in groups.items():
+            times = 1.0 if scale is None else scale[layer]
+            model = edits.enter_context(without_pairs(lenses[layer], left, right, where, times))
         yield model
 
 

@@ -13,6 +13,7 @@ from .motifs import GROUPED
 from .spectral import two_strongest
 
 MOTIFS = ("outlier", *GROUPED, "copy")
+_BLOCKS = 8  # of rows, in the products for the strongest coefficients
 NUMBERS = 1 << 24  # held at once by the matrices of a chunk of outputs
 
 
@@ -73,17 +74,20 @@ class Scoring:
 def strongest_features(M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], m: int) -> Strongest:
     """Find the m features with the largest coefficient in each output, and the coefficients among them over their σ."""
     n, c = len(D), len(M)
-    largest, own, start = [], [], 0
-    for rows in D.split(max(1, NUMBERS // (n * c))):
-        S = ((rows @ M).flatten(0, 1) @ D.T).unflatten(0, (c, len(rows)))
-        diagonal = S.diagonal(start, 1, 2)
-        own.append(diagonal.clone())
+    largest, own = M.new_zeros(c, n), M.new_empty(c, n)
+    step = max(1, min(NUMBERS // (n * c), n // _BLOCKS))
+    for start in range(0, n, step):  # coefficients are symmetric: each block of rows from its diagonal on
+        rows = D[start : start + step]
+        S = ((rows @ M).flatten(0, 1) @ D[start:].T).unflatten(0, (c, len(rows)))
+        diagonal = S.diagonal(0, 1, 2)
+        own[:, start : start + step] = diagonal
         diagonal.div_(2)  # a self term counts once, a cross term twice
-        low, high = S.aminmax(dim=-1)
-        largest.append(torch.maximum(high, -low))
-        start += len(rows)
-    features = torch.cat(largest, 1).topk(m, dim=1).indices
-    image, own = (D.T @ D) @ M, torch.cat(own, 1)
+        S.abs_()
+        across, down = largest[:, start : start + step], largest[:, start:]
+        torch.maximum(across, S.amax(2), out=across)
+        torch.maximum(down, S.amax(1), out=down)
+    features = largest.topk(m, dim=1).indices
+    image = (D.T @ D) @ M
     cross = ((image * image.mT).sum((1, 2)) - own.pow(2).sum(1)) / (n * (n - 1))
     unit = 2 * cross.clamp(min=0).sqrt().clamp(min=torch.finfo(D.dtype).tiny)
     few = D[features]

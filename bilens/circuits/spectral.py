@@ -11,6 +11,7 @@ from torch import Tensor
 from bilens.models.windows import Texts, Windows
 from bilens.tensor.bilinear import homogeneous
 from bilens.tensor.interactions import Interactions, top_interactions
+from bilens.tensor.outputs import top_outputs
 from bilens.tensor.statistics import pearson
 
 from .layer import FeatureLayer
@@ -49,22 +50,32 @@ class Outliers:
         return plain({name: getattr(self, name) for name in ("feature", "values", "bulk", "strength", "ratio")})
 
 
-def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength") -> Outliers:
-    """Rank all output features of a layer by their spectral outliers, from the weights alone.
+def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength", k: int | None = None) -> Outliers:
+    """Rank output features of a layer by their spectral outliers, from the weights alone; the k strongest, or all.
 
     `strength` is `|λ₁| + |λ₂|` (2410.08417, tutorial and section 5.2); `ratio` is `|λ₂|` over the edge
     `2 sqrt(Σ_{i>2} λ_i² / (n-2))` that the other eigenvalues would have as a random symmetric matrix (Wigner), so it
     finds features whose two outliers stand out whatever their scale. What biases add is linear or constant, no
-    interaction, and left out. Cost: one `d_model × d_model` eigenvalue problem per feature.
+    interaction, and left out. Cost: one `d_model × d_model` eigenvalue problem per feature; for the k strongest, only
+    of those that `bilens.top_outputs` cannot exclude.
+
+    Raises:
+        ValueError: An unknown order, or `k` out of range or given with `by="ratio"`, which has no bound.
     """
     if by not in ("strength", "ratio"):
         raise ValueError(f"by must be 'strength' or 'ratio', got {by!r}")
+    if k is not None and by == "ratio":
+        raise ValueError(f"k must be None with by='ratio', got {k}")
     B = lens.tensor.without_constant()
-    parts = [two_strongest(B.matrix(some)) for some in lens.readers.split(_MATRICES)]
+    n = len(lens.readers)
+    some = torch.arange(n, device=lens.readers.device)
+    if k is not None:
+        some = top_outputs(B, lens.readers, min(k, n), "top2").out
+    parts = [two_strongest(B.matrix(readers)) for readers in lens.readers[some].split(_MATRICES)]
     values, bulk = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = Outliers(torch.arange(len(values), device=values.device), values, bulk)
+    found = Outliers(some, values, bulk)
     order = getattr(found, by).argsort(descending=True, stable=True)
-    return Outliers(found.feature[order], values[order], bulk[order])
+    return Outliers(some[order], values[order], bulk[order])
 
 
 def two_strongest(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:

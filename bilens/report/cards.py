@@ -7,20 +7,9 @@ from bilens.circuits.findings import Finding
 from bilens.circuits.layer import FeatureLayer
 from bilens.saes.cards import Card, FeatureCards
 
+from .parts import Word, spelled
+
 _HIGH = 38  # of the tallest bar of a histogram
-
-
-class Word(NamedTuple):
-    """A token of a context, and how active the feature is there relative to its strongest."""
-
-    text: str
-    shade: float
-    peak: bool
-
-    @property
-    def marked(self) -> bool:
-        """Whether there is something to see."""
-        return self.peak or self.shade > 0.02
 
 
 class Shown(NamedTuple):
@@ -72,8 +61,7 @@ def _contexts(stored: FeatureCards, feature: int, n: int = 6) -> Iterator[list[W
         words = []
         for at, (token, value) in enumerate(zip(tokens, values, strict=True)):
             if token >= 0:
-                word = tokenizer.id_to_token(token)
-                text = ("" if word.startswith("##") else " ") + word.removeprefix("##")
-                words.append(Word(text, max(value, 0) / strongest, at == contexts.peak))
+                text, shade = spelled(tokenizer.id_to_token(token)), max(value, 0) / strongest
+                words.append(Word(text, shade, at == contexts.peak, f"{value:.2f}"))
         if words:
             yield words

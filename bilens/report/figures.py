@@ -1,5 +1,6 @@
 """The house's look: colours, and the parts that figures share."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -7,6 +8,7 @@ from torch import Tensor
 
 INK, PAPER, GRID = "#1f2933", "#ffffff", "#e4e7eb"
 POSITIVE, NEGATIVE, NEUTRAL = "#c2410c", "#1d4ed8", "#9aa5b1"
+_EDGE, _LETTER = 20, 8.5  # beside a title; width of its letters, pixels
 DIVERGING = [[0, NEGATIVE], [0.5, "#ffffff"], [1, POSITIVE]]
 
 
@@ -17,12 +19,14 @@ def draw(
     return styled(go.Figure(data=list(traces)), width, height, **layout)
 
 
-def styled(figure: go.Figure, width: int = 520, height: int = 380, **layout: object) -> go.Figure:
-    """Give a figure the house's look."""
+def styled(figure: go.Figure, width: int = 520, height: int = 380, title: str = "", **layout: object) -> go.Figure:
+    """Give a figure the house's look; its title is broken into as many lines as its width needs."""
+    lines = textwrap.wrap(title, int((width - 2 * _EDGE) / _LETTER))
     figure.update_layout(
         width=width,
         height=height,
-        margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        title={"text": "<br>".join(lines), "font_size": 15, "x": _EDGE / width, "y": 1 - 12 / height, "yanchor": "top"},
+        margin={"l": 60, "r": 20, "t": 20 + 20 * len(lines), "b": 50},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
         paper_bgcolor=PAPER,
         plot_bgcolor=PAPER,

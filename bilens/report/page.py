@@ -15,11 +15,14 @@ from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.discovery import Discoveries
 from bilens.circuits.findings import Finding
 from bilens.circuits.layer import FeatureLayer
+from bilens.circuits.marks import Marked
+from bilens.circuits.negating import Negation
 from bilens.circuits.spectral import Outliers
 from bilens.models.files import atomic_write
 from bilens.tensor.interactions import Interactions
 
-from . import sections
+from . import groups, sections
+from . import negation as first
 from .cards import cards
 
 _FOLDER = "assets/report"
@@ -34,6 +37,8 @@ def write_report(
     discoveries: Discoveries | None = None,
     ranking: Outliers | None = None,
     strongest: Interactions | None = None,
+    negation: Negation | None = None,
+    marked: Sequence[Marked] = (),
     couplings: NegationCouplings | None = None,
     coupling_test: CouplingTest | None = None,
     generator: torch.Generator | None = None,
@@ -42,9 +47,9 @@ def write_report(
 ) -> Path:
     """Write one HTML file of under 5 MB that needs nothing else.
 
-    It holds the findings in the order given, each with the graph of its strongest pairs, heat map, spectrum against
-    random output directions, plane of the two strongest eigenvectors, predictions and tests; the cards of all features
-    in them; and tables of the whole layer.
+    It holds what the model does with negators, then the findings in the order given, each with the graph of its
+    strongest pairs, heat map, spectrum against random output directions, plane of the two strongest eigenvectors,
+    predictions and tests; the cards of all features in them; and tables of the whole layer.
 
     Args:
         path: The file; it is replaced.
@@ -53,7 +58,9 @@ def write_report(
         discoveries: What the search found in all output features.
         ranking: Output features by spectral outliers.
         strongest: The strongest pairs of the whole layer.
-        couplings: Negators and sentiment as groups, layer by layer.
+        negation: What the model does with negators; it comes first.
+        marked: Sentences in which the features of negators and sentiment are marked.
+        couplings: Of a model that gives no verdicts: negators and sentiment as groups, layer by layer.
         coupling_test: Their products taken out of the running model.
         generator: Of the random output directions whose spectra are drawn; no such band if `None`.
         title: Heading.
@@ -63,14 +70,17 @@ def write_report(
         The path, absolute.
     """
     null = None if generator is None else sections.null_spectrum(lens, generator)
+    named = [] if negation is None else first.members(lens, negation)
+    named += [] if couplings is None else groups.members(lens, couplings)
     shown = {
         "title": title,
         "note": note,
         "summary": sections.summary(findings),
         "discoveries": discoveries,
-        "groups": None if couplings is None else sections.groups(lens, couplings, coupling_test),
+        "negation": None if negation is None else first.section(lens, negation, marked),
+        "groups": None if couplings is None else groups.groups(lens, couplings, coupling_test),
         "findings": [sections.finding(lens, one, number, null) for number, one in enumerate(findings, 1)],
-        "cards": cards(lens, findings, [] if couplings is None else sections.members(lens, couplings)),
+        "cards": cards(lens, findings, named),
         "layer": {"number": lens.layer, "tables": sections.tables(lens, ranking, strongest)},
     }
     with atomic_write(path) as partial:

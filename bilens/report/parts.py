@@ -10,6 +10,8 @@ from markupsafe import Markup
 from bilens.circuits.layer import FeatureLayer
 from bilens.tensor.interactions import Interactions
 
+_TOP = 16  # pixels above a figure whose title stands over it
+
 
 class Link(NamedTuple):
     """Text that leads to another place of the page, or nowhere."""
@@ -33,19 +35,43 @@ class Table(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A figure, and a sentence that says what is to be seen."""
+    """A figure, its title, and a sentence that says what is to be seen."""
 
+    title: str
     says: str
     height: int
     data: Markup  # JSON
 
     @classmethod
     def of(cls, drawn: go.Figure, says: str) -> "Figure":
-        """Take a plotly figure."""
+        """Take a plotly figure; its title becomes text of the page, which breaks lines on any screen."""
         found = json.loads(drawn.to_json())
-        found["layout"].pop("template", None)
+        layout = found["layout"]
+        layout.pop("template", None)
+        title = layout.pop("title").get("text", "").replace("<br>", " ")
+        layout["height"] += _TOP - layout["margin"]["t"]
+        layout["margin"]["t"] = _TOP
         data = json.dumps(found, separators=(",", ":")).replace("</", "<\\/")  # it stands in a <script>
-        return cls(says, found["layout"]["height"], Markup(data))
+        return cls(title, says, layout["height"], Markup(data))
+
+
+class Word(NamedTuple):
+    """A token of a text, how active something is there relative to its strongest, and what to say of it."""
+
+    text: str
+    shade: float
+    peak: bool
+    says: str = ""
+
+    @property
+    def marked(self) -> bool:
+        """Whether there is something to see."""
+        return self.peak or self.shade > 0.02
+
+
+def spelled(token: str) -> str:
+    """Return a token as it stands in a text, with the space before it."""
+    return ("" if token.startswith("##") else " ") + token.removeprefix("##")
 
 
 def to_card(lens: FeatureLayer, side: str, feature: int) -> Link:

@@ -1,6 +1,7 @@
 """Figures of circuits: one output feature, its test, and the paths of a layer."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import plotly.graph_objects as go
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from bilens.circuits.bigrams import Bigram
 
 from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, bars, draw, rounded, shaded, short
+from .labels import Box, place, size
 
 
 def spectrum(values: Float[Tensor, " k"], n_marked: int = 2, null: Float[Tensor, "2 k"] | None = None) -> go.Figure:
@@ -85,21 +87,21 @@ def prediction(
     return draw(trace, title=title, xaxis_title="Σ λᵢ (vᵢ·x)² over two eigenvectors", yaxis_title="SAE activation")
 
 
-def cosine_plane(points: Float[Tensor, "n 2"], labels: Sequence[str], axes: tuple[str, str]) -> go.Figure:
+def cosine_plane(
+    points: Float[Tensor, "n 2"], labels: Sequence[str], axes: tuple[str, str], n_labels: int = 10
+) -> go.Figure:
     """Place input features in the plane of two eigenvectors by cosine similarity (2410.08417, figure 8B).
 
     Args:
-        points: Cosine of each feature's decoder row with either eigenvector.
+        points: Cosine of each feature's decoder row with either eigenvector, the most important feature first.
         labels: Names of the features.
         axes: Names of the eigenvectors.
+        n_labels: How many of the first features are named in the figure, where there is room; hovering names all.
     """
     trace = go.Scatter(
         x=points[:, 0].tolist(),
         y=points[:, 1].tolist(),
-        text=[short(label) for label in labels],
-        mode="markers+text",
-        textposition="top center",
-        textfont={"size": 11},
+        mode="markers",
         marker={"size": 8, "color": INK},
         customdata=list(labels),
         hovertemplate="%{customdata}: (%{x:.2f}, %{y:.2f})<extra></extra>",
@@ -108,6 +110,23 @@ def cosine_plane(points: Float[Tensor, "n 2"], labels: Sequence[str], axes: tupl
     limit = 1.25 * max(points.abs().max().item(), torch.finfo(points.dtype).eps)
     figure.update_xaxes(title=f"cosine with {axes[0]}", range=[-limit, limit])
     figure.update_yaxes(title=f"cosine with {axes[1]}", range=[-limit, limit])
+    return _named(figure, points, [short(label) for label in labels[:n_labels]], limit)
+
+
+def _named(figure: go.Figure, points: Tensor, labels: Sequence[str], limit: float, font: int = 11) -> go.Figure:
+    """Write the names of the first points beside them, each with a line to its point."""
+    layout = figure.layout
+    width = layout.width - layout.margin.l - layout.margin.r
+    height = layout.height - layout.margin.t - layout.margin.b
+    at = [((x / limit + 1) * width / 2, (1 - y / limit) * height / 2) for x, y in points.tolist()]
+    places = place(at, [size(label, font) for label in labels], Box(0, 0, width, height))
+    for (x, y), (px, py), label, found in zip(points.tolist(), at, labels, places, strict=False):
+        if found is not None:
+            line = {"arrowhead": 0, "arrowwidth": 1, "arrowcolor": NEUTRAL, "standoff": 4}
+            away = {"ax": found[0] - px, "ay": found[1] - py}
+            figure.add_annotation(
+                x=x, y=y, text=escape(label, quote=False), font_size=font, showarrow=True, **line, **away
+            )
     return figure
 
 

@@ -7,9 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.findings import Finding
-from bilens.circuits.groups import Group
 from bilens.circuits.layer import FeatureLayer
 from bilens.circuits.spectral import Outliers
 from bilens.circuits.trial import CircuitTest
@@ -20,7 +18,6 @@ from .drawing import graph
 from .parts import Figure, Link, Table, rows_of, to_card
 
 _SHOWN = 14  # input features of a heat map and of the graph's pairs
-_MEMBERS = 12  # features of a coupling's groups that are named
 _NONE = float("nan")
 
 
@@ -127,64 +124,11 @@ def _tests(test: CircuitTest) -> list[Figure]:
         ),
     ]
     if n := len(test.matched.left):
-        says = f"KL of removing the pair, {{:.3g}}, among {n} matched pairs: percentile {test.percentile['kl']:.0f}"
-        figures.append(_among(pair.effect.kl[0].item(), test.matched.effects.kl, says))
+        kl, percentile = pair.effect.kl[0].item(), test.percentile["kl"]
+        drawn = plots.among(kl, test.matched.effects.kl, "Effect on the predictions", "KL, nats")
+        says = f"KL of removing the pair, {kl:.3g}, among {n} matched pairs: percentile {percentile:.0f}"
+        figures.append(Figure.of(drawn, says))
     return figures
-
-
-def _among(kl: float, others: Tensor, says: str) -> Figure:
-    return Figure.of(plots.among(kl, others, "Effect on the predictions", "KL, nats"), says.format(kl))
-
-
-# -- negators and sentiment -------------------------------------------------------------------------------------------
-
-
-def groups(lens: FeatureLayer, found: NegationCouplings, test: CouplingTest | None) -> dict[str, Any]:
-    """Return negators and sentiment as groups: the weights' answer layer by layer, and the running model's."""
-    rows = []
-    for one, q in zip(found.layers, found.q.tolist(), strict=True):
-        numbers = (one.value[0].item(), one.z[0].item(), one.p[0].item(), q)
-        rows.append((f"layer {one.layer}", len(one.left.features), len(one.right.features), *numbers))
-    header = ("layer", "negators", "sentiment features", "mean interaction", "z", "p", "q")
-    caption = "Negators × sentiment → logits of good less bad words; a negative value flips the sentiment"
-    members = [
-        {
-            "role": group.role,
-            "named": [to_card(lens, "inp", i) for i in _strongest(group)],
-            "others": max(len(group.features) - _MEMBERS, 0),
-        }
-        for group in _groups(lens, found)
-    ]
-    shown = {"table": Table(caption, header, rows), "members": members, "test": test}
-    return shown if test is None else shown | {"figures": _coupling_figures(test)}
-
-
-def members(lens: FeatureLayer, found: NegationCouplings) -> list[int]:
-    """Return the input features of this layer's groups that are named."""
-    return [i for group in _groups(lens, found) for i in _strongest(group)]
-
-
-def _groups(lens: FeatureLayer, found: NegationCouplings) -> list[Group]:
-    return [group for one in found.layers if one.layer == lens.layer for group in (one.left, one.right)]
-
-
-def _strongest(group: Group) -> list[int]:
-    return group.features[group.weights.abs().argsort(descending=True, stable=True)][:_MEMBERS].tolist()
-
-
-def _coupling_figures(test: CouplingTest) -> list[Figure]:
-    says = (
-        f"KL of removing all their products, {{:.3g}}, among {len(test.scale)} random groups: percentile "
-        f"{test.percentile['kl']:.0f}"
-    )
-    return [
-        Figure.of(
-            plots.predicted_measured(test.predicted, test.measured, "Change of good less bad without the products"),
-            f"Predicted and measured change of good less bad correlate {test.correlation:.4f} at "
-            f"{len(test.measured)} positions",
-        ),
-        _among(test.effect.kl[0].item(), test.controls.kl, says),
-    ]
 
 
 # -- the whole layer --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.discovery import Discoveries
 from bilens.circuits.findings import Finding
 from bilens.circuits.layer import FeatureLayer
+from bilens.circuits.negating import Negation
 from bilens.saes.cards import Card, FeatureCards
 from bilens.tensor.interactions import Interactions
 
@@ -51,7 +52,34 @@ def print_findings(console: Console, found: Discoveries, findings: Sequence[Find
     console.print(table)
 
 
-def print_negation(console: Console, couplings: NegationCouplings | None, test: CouplingTest | None) -> None:
+def print_negation(console: Console, found: Negation, n: int = 5) -> None:
+    """Print where negators turn the verdict, by which features, and what the running model does without these."""
+    search, test = found.search, found.test
+    console.print("[b]where “not” turns the verdict[/b]: negators × sentiment → good less bad; a negative z turns it")
+    for one in sorted(search.groups, key=lambda one: (one.coupling.layer, one.place)):
+        groups = one.coupling
+        sizes = f"{len(groups.left.features)} × {len(groups.right.features)} features"
+        about = f"layer {groups.layer}, at the {one.place}: {sizes}, z = {groups.z[0]:+.2f}, q = {one.q:.2g}"
+        console.print(f"  {about}", markup=False)
+    if search.groups:
+        left, right = search.groups[0].names
+        console.print(f"  the strongest groups: {left} × {right}", markup=False)
+    console.print(f"  single pairs: {search.n_found} of {search.n_tested} have q < 0.01", markup=False)
+    for one in search.pairs[: min(n, search.n_found)]:
+        where, names = f"layer {one.layer}, at the {one.place}", " × ".join(one.names)
+        console.print(f"    {where}: {names} → {one.output}, q = {one.q:.2g}", markup=False)
+    if test is not None:
+        before, after = test.before, test.after
+        console.print(
+            f"  [b]without their products[/b] {after.all:.0%} of {len(test.measured)} sentences flip, with them "
+            f"{before.all:.0%}; plain ones are judged right at {after.plain:.0%}, {before.plain:.0%}"
+        )
+        if controls := [*test.controls, *test.matched]:
+            least = min(one.all for one in controls)
+            console.print(f"  without as many random products at least {least:.0%} flip ({len(controls)} edits)")
+
+
+def print_couplings(console: Console, couplings: NegationCouplings | None, test: CouplingTest | None) -> None:
     """Print whether negators flip sentiment: by the weights of every layer, and by the running model in this one."""
     if couplings is None:
         return

@@ -10,10 +10,19 @@
   const script = document.createElement("script");
   script.textContent = await new Response(stream).text();
   document.head.append(script);
+  // On a narrow screen labels come closer: those that would cover an earlier one, or leave the figure, are left out.
+  const thin = (plot) => {
+    const kept = [], edge = plot.getBoundingClientRect();
+    for (const label of plot.querySelectorAll(".annotation")) {
+      const box = (label.querySelector("text") ?? label).getBoundingClientRect();
+      const covers = kept.some((one) => box.left < one.right && one.left < box.right && box.top < one.bottom && one.top < box.bottom);
+      if (covers || box.left < edge.left || box.right > edge.right) label.style.display = "none"; else kept.push(box);
+    }
+  };
   const draw = (plot) => {
     const { data, layout } = JSON.parse(plot.nextElementSibling.textContent);
     const width = Math.min(layout.width, plot.parentElement.parentElement.clientWidth);
-    Plotly.newPlot(plot, data, { ...layout, width }, { displayModeBar: false, responsive: false });
+    Plotly.newPlot(plot, data, { ...layout, width }, { displayModeBar: false, responsive: false }).then(() => thin(plot));
   };
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) {

@@ -1,0 +1,49 @@
+"""Where groups of input features are active in a text, token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.models.windows import Windows, observe
+
+from .groups import Group
+from .layer import FeatureLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """How active each group is at each token of a text, BOS left out."""
+
+    layer: int
+    tokens: tuple[str, ...]
+    roles: tuple[str, ...]
+    values: Float[Tensor, "group token"]  # sum over the group's features
+    strongest: Int[Tensor, "group token"]  # the most active of them
+
+
+@torch.no_grad()
+def mark(lens: FeatureLayer, text: str, groups: Sequence[Group]) -> Marked:
+    """Say where in a text groups of input features are active.
+
+    Args:
+        lens: The layer.
+        text: One text.
+        groups: Groups of its input features; their weights do not count.
+
+    Raises:
+        ValueError: No groups, or one without features.
+    """
+    if not groups or not all(len(group.features) for group in groups):
+        raise ValueError(f"groups must each hold an input feature, got {list(groups)}")
+    windows = Windows.of(lens.model, [text])
+    z = lens.codes(observe(lens.model, windows, [lens.hook_in])[lens.hook_in][windows.counts])
+    parts = [z[:, group.features] for group in groups]
+    strongest = [
+        group.features.to(part.device)[part.argmax(1)].cpu() for group, part in zip(groups, parts, strict=True)
+    ]
+    tokens = tuple(map(lens.model.tokenizer.id_to_token, windows.tokens[windows.counts].tolist()))
+    roles = tuple(group.role for group in groups)
+    return Marked(lens.layer, tokens, roles, torch.stack([part.sum(1).cpu() for part in parts]), torch.stack(strongest))
