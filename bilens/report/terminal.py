@@ -23,7 +23,7 @@ def print_ranking(console: Console, lens: FeatureLayer, strongest: Interactions,
     table = _table(f"strongest feature pairs of layer {lens.layer}, from the weights alone")
     for name in ("input feature", "× input feature", "→ output feature"):
         table.add_column(name, max_width=34, overflow="ellipsis", no_wrap=True)
-    table.add_column("coefficient", justify="right")
+    table.add_column("coefficient", justify="right", no_wrap=True, min_width=11)
     for o, i, j, value in rows_of(strongest, n):
         names = (lens.name("inp", i), lens.name("inp", j), lens.name("out", o))
         table.add_row(*map(escape, names), f"{value:+.3f}")
