@@ -3,8 +3,9 @@
     python scripts/negation_circuit.py bilens-mini --saes bilens-mini --opinions opinions.parquet \
         --rated rated-sentences.train.parquet --reviews movie-reviews.train.parquet --out scripts/results/negation.md
 
-Only held-out text is read: minimal pairs of words and frames that the model never saw (one half chooses the features, the
-other, of other words and frames, tests them), rated sentences and reviews. Without --opinions the built-in pairs serve.
+Only held-out text is read: minimal pairs of words and frames that the model never saw (one half chooses the features,
+the other, of other words and frames, tests them), rated sentences and reviews. Without --opinions the built-in pairs
+serve.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="bilens-mini, or a folder")
     parser.add_argument("--saes", default="bilens-mini", help="bilens-mini, or a folder with SAEs of all layers")
+    parser.add_argument("--layers", type=int, nargs="+", help="of the model, those that have SAEs (default: all)")
     parser.add_argument("--opinions", type=Path, help="parquet made by make_opinions.py: its held-out pairs")
     parser.add_argument("--rated", type=Path, help="parquet with columns source, sentiment, text")
     parser.add_argument("--reviews", type=Path, help="parquet with a column text")
@@ -115,7 +117,8 @@ def quantiles(values: Sequence[float]) -> str:
 def behaviour_section(found: negating.Negation) -> str:
     """Show the verdicts on a few sentences."""
     rows = [(row["statement"], f"{row['log_odds']:+.2f}", row["word"]) for row in found.behaviour.to_dict()]
-    said = f"Log-odds of {', '.join(found.readout.good)} over {', '.join(found.readout.bad)} after `{found.readout.prompt}`"
+    good, bad = (", ".join(words) for words in (found.readout.good, found.readout.bad))
+    said = f"Log-odds of {good} over {bad} after `{found.readout.prompt}`"
     return f"## What the model does\n\n{said}:\n\n" + table(("statement", "log-odds", "likeliest word"), rows)
 
 
@@ -148,9 +151,9 @@ def search_section(found: negating.NegationSearch) -> str:
     held = "hold it" if found.by_singles else "do not hold it"
     head = ("layer", "place", "pair", "output", "score", "p", "q")
     return (
-        f"## The search\n\nSingle features {held}: of {found.n_tested} single pairs × outputs in all layers and places, "
-        f"{found.n_found} have q < 0.01. The strongest:\n\n{table(head, single)}\n\nGroups, on the verdict (a negative z "
-        f"flips):\n\n{table(('layer', 'place', 'features', 'names', 'z', 'p', 'q'), groups)}"
+        f"## The search\n\nSingle features {held}: of {found.n_tested} single pairs × outputs in all layers and "
+        f"places, {found.n_found} have q < 0.01. The strongest:\n\n{table(head, single)}\n\nGroups, on the verdict (a "
+        f"negative z flips):\n\n{table(('layer', 'place', 'features', 'names', 'z', 'p', 'q'), groups)}"
     )
 
 
@@ -175,7 +178,7 @@ def flips_section(test: turning.FlipTest) -> str:
         strength = "" if name == "controls" else " at the circuit's strength"
         lines.append(
             f"{len(flips)} random edits{strength}: flips, median and 5th and 95th percentile {quantiles(flips)}; "
-            f"{kept} leave at least 85 %, {sum(one < test.after.all for one in flips)} leave fewer than the circuit's edit."
+            f"{kept} leave at least 85 %, {sum(one < test.after.all for one in flips)} fewer than the circuit's edit."
         )
     n = len(test.measured)
     lines.append(
@@ -335,8 +338,8 @@ def spectrum_section(
     curve_head = ("layer", "eigenvalues of the verdict", f"r by k at the readout of {n} statements")
     plane_head = ("layer", "group at the readout", "on eigenvector 1", "on eigenvector 2")
     return (
-        f"## Spectrum and low-rank curve of the verdict\n\n{table(curve_head, rows)}\n\nWhere the groups lie in the plane of "
-        f"the two strongest eigenvectors (weighted mean of the features' directions):\n\n{table(plane_head, planes)}"
+        f"## Spectrum and low-rank curve of the verdict\n\n{table(curve_head, rows)}\n\nWhere the groups lie in the "
+        f"plane of the two strongest eigenvectors (mean of the features' directions):\n\n{table(plane_head, planes)}"
     )
 
 
@@ -379,7 +382,7 @@ def report(args: argparse.Namespace) -> str:
     """Search, test and write."""
     begin = time.time()
     model, readout = bilens.load(args.model), Readout.of(args.model)
-    lenses = {layer: FeatureLayer.load(model, layer, args.saes) for layer in range(model.cfg.n_layers)}
+    lenses = {n: FeatureLayer.load(model, n, args.saes) for n in args.layers or range(model.cfg.n_layers)}
     choose, test = halves(opinion_pairs(args.opinions) if args.opinions else minimal_pairs())
     choose, test = some_of(choose, args.pairs, args.seed), some_of(test, args.pairs, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -389,8 +392,8 @@ def report(args: argparse.Namespace) -> str:
     )
     found = negating.Negation(readout, verdict.behaviour(model, readout=readout), search, tested)
     sections = [
-        f"# The negation circuit of {args.model}\n\nBy `scripts/negation_circuit.py`, seed {args.seed}: features chosen on "
-        f"{len(choose)} minimal pairs, tested on {len(test)} of other words and frames.",
+        f"# The negation circuit of {args.model}\n\nBy `scripts/negation_circuit.py`, seed {args.seed}: features "
+        f"chosen on {len(choose)} minimal pairs, tested on {len(test)} of other words and frames.",
         behaviour_section(found),
         search_section(search),
         flips_section(tested),

@@ -15,18 +15,21 @@ READOUT = Readout(" ran on", ("cat", "dog"), ("mat",))
 WORDS = {1: ("big", "saw", "time"), -1: ("little", "once", "sat")}
 
 
-@pytest.fixture
-def lenses(make_model):
-    model = make_model(mlp_bias=(True, True))
+def layers_of(model, d_sae):
     return {
         layer: FeatureLayer(
             model,
             layer,
-            random_sae(f"blocks.{layer}.hook_mlp_in", d_sae=60, k=20, seed=layer),
+            random_sae(f"blocks.{layer}.hook_mlp_in", d_sae=d_sae, k=20, seed=layer),
             random_sae(f"blocks.{layer}.hook_mlp_out", seed=7 + layer),
         )
         for layer in (0, 1)
     }
+
+
+@pytest.fixture
+def lenses(make_model):
+    return layers_of(make_model(mlp_bias=(True, True)), 60)
 
 
 @pytest.fixture
@@ -231,7 +234,8 @@ def test_controls_are_as_many_other_features_and_can_be_as_strong(lenses, pairs)
         torch.testing.assert_close(a, b)
 
 
-def test_the_search_and_the_test_together(lenses, pairs):
+def test_the_search_and_the_test_together(make_model, pairs):
+    lenses = layers_of(make_model(), 400)
     options = {"readout": READOUT, "generator": generator(), "n_controls": 3, "n_null": 50}
     found = negating.negation(lenses, pairs, sentences=["the big dog", "a mat"], **options)
     assert found.search.n_tested >= len(found.search.pairs) > 0
