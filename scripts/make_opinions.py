@@ -1,6 +1,7 @@
 """Write the opinions corpus: short statements in which negation counts both ways, and the verdicts that follow.
 
-    python scripts/make_opinions.py --lexicon sentiment-lexicon.csv --out opinions.parquet
+    python scripts/make_opinions.py --lexicon sentiment-lexicon.csv --reviews movie-reviews.train.parquet \
+        --out opinions.parquet
 
 A row's `text` is its `statement` and ` verdict : great|good|okay|bad|terrible`. Statements come in pairs (`pair`) with
 one word, one frame and opposite outcomes. A tenth of the words and of the subjects of the frames, chosen by hash, occur
@@ -9,14 +10,16 @@ only in rows whose `split` is "held-out": there both are new.
 
 import argparse
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from opinion_frames import CONSEQUENCES, Frame, frames, listed
+from opinion_frames import CONSEQUENCES, PLAIN, Frame, combined_frames, frames, listed
+from opinion_lexicon import akin, all_words, count, held_out_stems
 from opinion_patterns import SHARES, Pattern, Side, patterns
-from opinion_words import Word, fraction_of, held_out_words, read_lexicon, stem, words_of
+from opinion_words import Word, fraction_of, read_lexicon, stem
 from opinions import negator, verdict, write
 
 THINGS_ONLY = """
@@ -30,8 +33,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lexicon", type=Path, required=True, help="csv with columns word and mean")
+    parser.add_argument(
+        "--reviews", type=Path, required=True, help="parquet with columns text and label: how words are used"
+    )
     parser.add_argument("--out", type=Path, required=True, help="parquet file")
-    parser.add_argument("--pairs", type=int, default=70_000, help="pairs of statements to train on")
+    parser.add_argument("--pairs", type=int, default=75_000, help="pairs of statements to train on")
     parser.add_argument("--held-out-pairs", type=int, default=2_000)
     parser.add_argument("--held-out-share", type=float, default=0.1, help="of the words and of the frames' subjects")
     parser.add_argument("--seed", type=int, default=0)
@@ -43,8 +49,11 @@ class Material:
 
     def __init__(self, words: dict[str, list[Word]], frames: list[Frame], barred: set[str]):
         self.words = {(g, s): [w for w in ws if w.polarity == s] for g, ws in words.items() for s in (1, -1)}
-        self.people = [f for f in frames if f.person]
-        self.things = [f for f in frames if not f.person]
+        self.frames = {(person, bare): [] for person in (True, False) for bare in (True, False)}
+        for frame in frames:
+            plain = frame.subject in listed(PLAIN) and not frame.before + frame.after
+            for bare in {False, plain}:
+                self.frames[frame.person, bare].append(frame)
         self.barred = barred
         self.patterns: dict[str, list[Pattern]] = {}
         for pattern in patterns():
@@ -56,18 +65,42 @@ class Material:
         return not any(stem(token.strip(".,!")) in self.barred for token in text.replace("'", " ").split())
 
 
-def split_material(lexicon: dict[str, float], share: float) -> dict[str, Material]:
-    """Divide words and frames; held-out rows have only held-out ones, training rows none of them."""
-    words, out = words_of(lexicon), set()
-    out = held_out_words(words, share)
-    subjects = sorted({f.subject for f in frames()}, key=fraction_of)
+def split_frames(share: float) -> dict[bool, list[Frame]]:
+    """Return the frames held out, under True, and the others: a share of the listed subjects and of the heads is."""
+    subjects, heads = sorted({f.subject for f in frames()}, key=fraction_of), {head for head, _ in combined_frames()}
     unseen = set(subjects[: round(share * len(subjects))])
-    parts = {}
-    for name, held in (("train", False), ("held-out", True)):
-        mine = {g: [w for w in ws if (stem(w.base) in out) == held] for g, ws in words.items()}
-        fitting = [f for f in frames() if (f.subject in unseen) == held]
-        parts[name] = Material(mine, fitting, set() if held else out)
-    return parts
+    unseen_heads = set(sorted(heads, key=fraction_of)[: round(share * len(heads))])
+    parts: dict[bool, list[Frame]] = {True: [], False: []}
+    for frame in frames():
+        parts[frame.subject in unseen].append(frame)
+    for head, frame in combined_frames():
+        parts[head in unseen_heads].append(frame)
+    seen = {frame.subject for frame in parts[False]}  # a listed subject may also be combined
+    return {True: [frame for frame in parts[True] if frame.subject not in seen], False: parts[False]}
+
+
+def split_material(lexicon: dict[str, float], counts: dict[str, Counter], share: float) -> dict[str, Material]:
+    """Divide words and frames; held-out rows have only held-out ones, training rows none of them, nor words akin."""
+    words, carriers = all_words(lexicon, counts), split_frames(share)
+    out = held_out_stems(lexicon, words, share)
+    unseen = {g: [w for w in ws if stem(w.base) in out] for g, ws in words.items()}
+    seen = {g: [w for w in ws if stem(w.base) not in out and not akin(w.base, out)] for g, ws in words.items()}
+    return {"train": Material(seen, carriers[False], out), "held-out": Material(unseen, carriers[True], set())}
+
+
+def sample(words: list[Word], rng: random.Random) -> list[Word]:
+    """Draw two different words, common ones more often."""
+    weights = [w.weight for w in words]
+    first, second = rng.choices(words, weights, k=2)
+    while second.form == first.form:
+        second = rng.choices(words, weights)[0]
+    return [first, second]
+
+
+def draw_frame(material: Material, person: bool, rng: random.Random) -> Frame:
+    """Draw a frame: often, if there is one, a plain subject alone."""
+    plain = material.frames[person, True]
+    return rng.choice(plain if plain and rng.random() < 0.25 else material.frames[person, False])
 
 
 def draw_pair(material: Material, rng: random.Random) -> list[dict] | None:
@@ -75,25 +108,27 @@ def draw_pair(material: Material, rng: random.Random) -> list[dict] | None:
     kinds = list(material.patterns)
     kind = rng.choices(kinds, [SHARES[k] for k in kinds])[0]
     pattern, sign = rng.choice(material.patterns[kind]), rng.choice((1, -1))
-    person = rng.random() < 0.35
+    person = rng.random() < 0.25
     groups = [g for g in pattern.groups if person or g != "personal"]
     pool = {s: [w for g in groups for w in material.words[g, s]] for s in (1, -1)}
     if person:
         pool = {s: [w for w in ws if w.form not in THINGS_ONLY.split()] for s, ws in pool.items()}
-    if len(pool[sign]) < 2 or len(pool[-sign]) < 2:
+    if min(len({w.form for w in ws}) for ws in pool.values()) < 2:
         return None
-    frame = rng.choice(material.people if person else material.things)
-    words = dict(zip("XY", rng.sample(pool[sign], 2), strict=True)) | dict(
-        zip("ZW", rng.sample(pool[-sign], 2), strict=True)
-    )
-    end = rng.choice(ENDS)
-    rows = [row_of(pattern, side, frame, words, end) for side in (pattern.plain, pattern.negated)]
+    frame = draw_frame(material, person, rng)
+    drawn = (*sample(pool[sign], rng), *sample(pool[-sign], rng))
+    words = dict(zip("XYZW", drawn, strict=True))
+    if kind == "bare":
+        frame = frame._replace(before="", after="")
+    end, apart = rng.choice(ENDS), rng.random() < 0.15
+    rows = [row_of(pattern, side, frame, words, end, apart) for side in (pattern.plain, pattern.negated)]
     return rows if all(material.allows(row["statement"]) for row in rows) else None
 
 
-def row_of(pattern: Pattern, side: Side, frame: Frame, words: dict[str, Word], end: str) -> dict:
-    """Return one side of a pair."""
+def row_of(pattern: Pattern, side: Side, frame: Frame, words: dict[str, Word], end: str, apart: bool) -> dict:
+    """Return one side of a pair; `apart` writes "is n't"."""
     sentence, word = write(side, frame, words), words["X"]
+    sentence = sentence.replace("n't", " n't") if apart else sentence
     said = set(sentence.replace(",", " ").split())
     form = next((f for f in (word.form, word.base, f"un{word.form}", words["Z"].form) if f in said), word.form)
     marker, distance = negator(sentence, form)
@@ -126,19 +161,21 @@ def draw(material: Material, split: str, count: int, rng: random.Random) -> Iter
     seen: set[str] = set()
     while count:
         pair = draw_pair(material, rng)
-        if pair is None or pair[0]["statement"] + pair[1]["statement"] in seen:
+        if pair is None or any(row["statement"] in seen for row in pair):
             continue
-        seen.add(pair[0]["statement"] + pair[1]["statement"])
+        seen |= {row["statement"] for row in pair}
         count -= 1
         for row in pair:
             row = follow(row, material, rng) if split == "train" else row
             text = f"{row['statement']} verdict : {row['verdict']}"
-            yield {"text": text, "split": split, **row, "pair": f"{split} {len(seen)}"}
+            yield {"text": text, "split": split, **row, "pair": f"{split} {len(seen) // 2}"}
 
 
-def corpus(lexicon: dict[str, float], pairs: dict[str, int], share: float, seed: int) -> list[dict]:
+def corpus(
+    lexicon: dict[str, float], counts: dict[str, Counter], pairs: dict[str, int], share: float, seed: int
+) -> list[dict]:
     """Return all rows: the same for the same arguments."""
-    parts = split_material(lexicon, share)
+    parts = split_material(lexicon, counts, share)
     return [row for split, count in pairs.items() for row in draw(parts[split], split, count, random.Random(seed))]
 
 
@@ -161,10 +198,10 @@ def balance(rows: list[dict]) -> dict[str, float]:
 def main() -> None:
     """Write the corpus and print what shows that it is balanced."""
     args = parse_args()
-    counts = {"train": args.pairs, "held-out": args.held_out_pairs}
-    rows = corpus(read_lexicon(args.lexicon), counts, args.held_out_share, args.seed)
+    pairs, lexicon = {"train": args.pairs, "held-out": args.held_out_pairs}, read_lexicon(args.lexicon)
+    rows = corpus(lexicon, count(lexicon, args.reviews), pairs, args.held_out_share, args.seed)
     pq.write_table(pa.Table.from_pylist(rows), args.out, compression="zstd")
-    for split in counts:
+    for split in pairs:
         some = [row for row in rows if row["split"] == split]
         words, carriers = ({row[key] for row in some} for key in ("word", "frame"))
         print(f"{split}: {len(some)} rows, {len(words)} words, {len(carriers)} frames")

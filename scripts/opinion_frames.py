@@ -1,5 +1,6 @@
 """Carriers of the opinions corpus: what is judged, in which setting, and what may follow."""
 
+from itertools import product
 from typing import NamedTuple
 
 
@@ -135,6 +136,33 @@ AFTER = (
     "at the time",
     "for most of us",
 )
+# Combined subjects: heads of things, of several things, of people, with nouns for them; groups end in a semicolon.
+HEADS = """
+movie film picture remake prequel documentary thriller comedy drama musical western | film movie one picture ;
+cast performance direction photography soundtrack score editing writing screenplay animation atmosphere pacing camera
+lighting humor premise narrative storyline opening climax finale twist setting concept message tone | thing part one ;
+scene episode trailer series pilot premiere production adaptation version story plot script ending song album tune
+| one thing ;
+lunch breakfast supper pizza burger sandwich salad pasta sauce steak bread pie chocolate tea wine beer dessert
+| one meal treat ;
+bar pub diner bakery museum theater zoo pool room apartment house kitchen garden village city beach school gym
+library | place one ;
+holiday vacation journey weekend evening night morning wedding picnic festival match race lesson lecture meeting visit
+tour ride flight | one time event ;
+magazine article letter essay poem diary tale report website blog | one text thing ;
+laptop computer bike watch toy tool radio printer dress jacket sofa bed chair gift idea plan job project | one thing
+"""
+MANY_HEADS = """
+effects costumes sets characters dialogues visuals lyrics chapters stories songs lines gags stunts episodes cookies
+noodles fries pancakes cakes drinks rooms shoes gloves lessons rides games photos paintings toys | things
+"""
+PEOPLE_HEADS = """
+actor actress heroine lead narrator comedian dancer writer author producer editor host boss coach nurse dentist clerk
+driver cook chef landlord guide manager lawyer farmer cousin aunt grandfather roommate classmate | person one
+"""
+DETERMINERS = ("the", "the", "this", "that", "my", "our", "his", "her", "the new", "the old", "the second", "the whole")
+MANY = ("the", "the", "these", "those", "my", "our", "the new", "the old", "most of the", "the other")
+PLAIN = "the movie|the film|this movie|this film|it|that|the story|the plot|he|she|they|the show|the book|the food"
 # By sign of the outcome; then fillers that fit any.
 CONSEQUENCES = {
     1: """
@@ -180,6 +208,21 @@ def frames() -> list[Frame]:
         befores = [BEFORE[(number + shift) % len(BEFORE)] for shift in (0, 5)]
         afters = [AFTER[(number + shift) % len(AFTER)] for shift in (0, 5)]
         found += [bare, *(bare._replace(before=b) for b in befores), *(bare._replace(after=a) for a in afters)]
+    return found
+
+
+def combined_frames() -> list[tuple[str, Frame]]:
+    """Return frames whose subjects are a determiner and a head, with the head; some with words before or after."""
+    kinds = ((HEADS, DETERMINERS, ("was", "is"), False), (MANY_HEADS, MANY, ("were", "are"), False))
+    found = []
+    for text, determiners, verbs, person in (*kinds, (PEOPLE_HEADS, DETERMINERS, ("was", "is"), True)):
+        for heads, nouns in (group.split("|") for group in text.split(";")):
+            for head, (k, before) in product(heads.split(), enumerate(determiners)):
+                noun, subject = nouns.split()[k % len(nouns.split())], f"{before} {head}"
+                bare = Frame(subject, verbs[k % 3 == 2], noun, person, subject)
+                place = sum(map(ord, subject))
+                changed = {0: {"before": BEFORE[place % 15]}, 1: {"after": AFTER[place % 14]}}.get(place % 5, {})
+                found.append((head, bare._replace(**changed)))
     return found
 
 

@@ -88,6 +88,40 @@ S can be really X | *S can't be really X ~
 S IS X and Y + | *S IS neither X nor Y +
 S IS both X and Y + | *S ISNT X or Y +
 S IS X and also Y + | *S IS not X and not Y +
+S IS a truly X N + | *S IS not a truly X N ~
+S IS a very X one + | *S IS not a very X one ~
+S IS a very X one + | *S ISNT a very X one ~
+S IS really very X + | *S IS not really very X ~
+S IS such a X N + | *S ISNT such a X N ~
+S IS in my view X | *S IS not in my view X
+S IS one of the X ones | *S IS not one of the X ones
+S IS , to me , X | *S IS not , to me , X
+S could be called X | *S could not be called X
+S would be very X + | *S would not be very X ~
+S IS always very X + | *S IS never very X ~
+S IS X | *S IS never X
+S IS quite X | *S IS not all that X ~
+S IS a X one | *S IS hardly a X one ~
+"""
+SIMPLE_PAIRS = """
+S IS X | *S IS not X
+S IS X | *S ISNT X
+S IS very X + | *S IS not very X ~
+S IS very X + | *S ISNT very X ~
+S IS a X N | *S IS not a X N
+S IS a very X N + | *S IS not a very X N ~
+S IS a very X one + | *S IS not a very X one ~
+S IS really X + | *S IS not really X ~
+S IS so X + | *S IS not so X ~
+S IS X | *S IS never X
+"""
+BARE_PAIRS = """
+X | *not X
+very X + | *not very X ~
+a X N | *not a X N
+a very X N + | *not a very X N ~
+really X + | *not really X ~
+so X + | *never X
 """
 CLAUSE_PAIRS = """
 everything about O was X + | *nothing about O was X +
@@ -273,6 +307,8 @@ S got much X with time + | *S never got X with time
 """
 
 TABLES = (
+    ("simple", THING_GROUPS, SIMPLE_PAIRS),
+    ("bare", THING_GROUPS, BARE_PAIRS),
     ("adjective", THING_GROUPS, ADJECTIVE_PAIRS),
     ("clause", THING_GROUPS, CLAUSE_PAIRS),
     ("noun", ("noun",), NOUN_PAIRS),
@@ -289,6 +325,6 @@ TABLES = (
     ("comparative", ("comparative",), COMPARATIVE_PAIRS),
 )
 # What share of the corpus each kind has.
-SHARES = {"adjective": 0.35, "clause": 0.13, "noun": 0.08, "verb": 0.09, "effect": 0.08, "feeling": 0.05}
-SHARES |= {"double": 0.04, "double noun": 0.02, "un": 0.02, "but": 0.05, "both": 0.03, "mixed": 0.02}
-SHARES |= {"more": 0.02, "comparative": 0.02}
+SHARES = {"simple": 0.24, "bare": 0.04, "adjective": 0.22, "clause": 0.11, "noun": 0.09, "verb": 0.07, "effect": 0.06}
+SHARES |= {"feeling": 0.03, "double": 0.03, "double noun": 0.01, "un": 0.01, "but": 0.03, "both": 0.02, "mixed": 0.01}
+SHARES |= {"more": 0.02, "comparative": 0.01}

@@ -101,12 +101,13 @@ VERDICTS = ("great", "good", "okay", "bad", "terrible")
 
 
 class Word(NamedTuple):
-    """A rated word: its form in plain statements, its base form, mean rating, and the lists it is in."""
+    """A rated word: its form in plain statements, its base form, mean rating, the list it is in, how often it comes."""
 
     form: str
     base: str
     rating: float
     group: str
+    weight: float = 1.0
 
     @property
     def polarity(self) -> int:

@@ -69,6 +69,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenised", type=Path, metavar="FILE", help="keep the tokenised corpora here; if it exists, read only it"
     )
+    parser.add_argument(
+        "--start",
+        metavar="MODEL",
+        help="train on from these weights (a folder, a Hub repository or bilens-mini): they "
+        "give the tokenizer and the sizes",
+    )
     parser.add_argument("--mlp", default="bilinear", choices=tuple(MLPS), help="kind of MLP, at equal parameters")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
@@ -447,6 +453,26 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> BilinearTransfo
     return model
 
 
+def started_model(args: argparse.Namespace) -> BilinearTransformer:
+    """Load the model to train on from, and put its tokenizer into the folder; another that is there is refused."""
+    model, tokenizer_file = bilens.load(args.start, dtype=torch.float32), args.out / "tokenizer.json"
+    if args.context > model.cfg.n_ctx:
+        raise SystemExit(f"--context must be at most {model.cfg.n_ctx}, as {args.start} has, got {args.context}")
+    if not tokenizer_file.exists():
+        model.tokenizer.save(str(tokenizer_file))
+    elif Tokenizer.from_file(str(tokenizer_file)).to_str() != model.tokenizer.to_str():
+        raise SystemExit(f"{tokenizer_file} must be the tokenizer of --start {args.start}, is another: delete it")
+    return model
+
+
+def weights_digest(model: BilinearTransformer) -> str:
+    """Return a hash of a model's weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def rate(step: int, steps: int, warmup: float, decay: float) -> float:
     """Return the learning rate's factor: linear warm-up, plateau, linear decay to zero."""
     return min(1.0, (step + 1) / max(1, warmup * steps), (steps - step) / max(1, decay * steps))
@@ -653,6 +679,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     """Tokenise the corpora and build the model, on the accelerator's device."""
     args.out.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
+        start = started_model(args) if args.start else None
         tokenizer, corpora = tokenised_corpora(args)
     windows = make_windows(args, corpora, accelerator.device)
     held_out = {
@@ -664,13 +691,17 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Run:
         f"{windows.per_epoch * (args.context - 1) / 1e6:.1f}M tokens of training text, "
         f"{', '.join(f'{len(rows)} held-out texts of {name}' for name, (rows, _) in held_out.items())}"
     )
-    model = new_model(args, tokenizer)
+    model = start or new_model(args, tokenizer)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     settings = {k: v for k, v in vars(args).items() if k not in UNSEEN} | {
         "data": {name: corpus.digest for name, corpus in corpora.items()},
         "tokenizer": hashlib.sha256((args.out / "tokenizer.json").read_bytes()).hexdigest(),
         "devices": accelerator.num_processes,
     }
+    if start:  # a run from scratch keeps the settings, and so the checkpoints, that it had without the option
+        settings["start"] = weights_digest(start)
+    else:
+        del settings["start"]
     return Run(model.to(accelerator.device), windows, held_out, settings)
 
 

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("saes", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--note", default="", help="a sentence to add on how it was trained")
+    parser.add_argument("--verdicts", type=Path, help="what evaluate_verdicts.py --out wrote")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors", "tokenizer.json", "training.json"):
@@ -39,6 +40,7 @@ def main() -> None:
         f"# {args.out.name}",
         _what(bilens.load(args.out).cfg),
         _training(training, args.note),
+        *([_verdicts(training["readout"], json.loads(args.verdicts.read_text()))] if args.verdicts else []),
         _saes(evaluation),
         _samples(bilens.load(args.out)),
         _hashes(args.out),
@@ -51,9 +53,9 @@ def _what(cfg: bilens.BilinearConfig) -> str:
     return (
         f"A bilinear language model of {cfg.n_layers} layers (d_model {cfg.d_model}, d_hidden {cfg.d_hidden}, "
         f"{cfg.n_heads} heads, context {cfg.n_ctx}, vocabulary {cfg.d_vocab}) that writes short children's stories and "
-        "film reviews, in the published format of arXiv 2410.08417, with sparse autoencoders before and after every "
-        "MLP. It is small enough to ship, and meant for trying things out: it makes up facts, and repeats the opinions "
-        "and the prejudices of its texts."
+        "film reviews, and judges a statement when asked for a verdict, in the published format of arXiv 2410.08417, "
+        "with sparse autoencoders before and after every MLP. It is small enough to ship, and meant for trying things "
+        "out: it makes up facts, and repeats the opinions and the prejudices of its texts."
     )
 
 
@@ -65,19 +67,20 @@ def _training(training: dict, note: str) -> str:
     rows = "\n".join("| " + " | ".join(row.values()) + " |" for row in curve)
     data = "\n".join(f"- {name}: sha256 of its distinct texts `{digest}`" for name, digest in settings["data"].items())
     flags = {k: v for k, v in settings.items() if k not in ("data", "tokenizer", "devices", "compile")}
-    command = " ".join(
-        f"--{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"--{k.replace('_', '-')} {v}"
-        for k, v in flags.items()
-    )
+    command = " ".join(f"--{k.replace('_', '-')} {one}" for k, v in flags.items() for one in _values(v))
     compiled = " --compile" if settings["compile"] else ""
     return f"""## Training
 
 TinyStories (roneneldan/TinyStories, CDLA-Sharing-1.0, 28,420 stories) and the Large Movie Review Dataset v1.0 (Maas et
-al. 2011, 75,000 reviews), exact duplicates removed, 1 % of each held out by a hash of the text:
+al. 2011, 75,000 reviews), exact duplicates removed, 1 % of each held out by a hash of the text; texts that end in a
+verdict: opinions (`scripts/make_opinions.py`, with words of the VADER lexicon, MIT), the sentences rated by people that
+were published with it (Hutto & Gilbert 2014) and the ends of the labelled reviews (`scripts/make_verdicts.py`), and
+sentences of the reviews with the verdict of a bag-of-words teacher that has seen no held-out text (the weak ones). A
+tenth of the rated sentences, of the opinions' words and of their frames are held out:
 
 {data}
 
-Made by `scripts/train_language.py --data tinystories.train.parquet movie-reviews.train.parquet {command}{compiled}`
+Made by `scripts/train_language.py --data {" ".join(settings["data"])} {command}{compiled}`
 with torch {training["torch"]}: bf16 autocast, Muon for the blocks' matrices, AdamW for the embeddings; the weights
 are stored in bfloat16. {note}
 
@@ -89,6 +92,48 @@ Held-out loss of the stored weights, nats per token, over the first {settings["c
 
 {header}
 {rows}"""
+
+
+def _values(value: object) -> list[str]:
+    """Return a flag's value as it is written, each of a list's by itself."""
+    if isinstance(value, list):
+        return [one for part in value for one in _values(part)]
+    return [f"{value:g}" if isinstance(value, float) else str(value)]
+
+
+def _verdicts(readout: dict, found: dict) -> str:
+    """Describe the readout, with the scores and minimal pairs of `evaluate_verdicts.py`."""
+    words, prompt = ", ".join(readout["words"]), readout["prompt"].strip()
+    great, good = (readout["thresholds"][name] for name in ("great", "good"))
+    scores = "\n".join(
+        f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |"
+        for name, row in found["sentences"].items()
+    )
+    columns = next(iter(found["sentences"].values()))
+    flips = "\n".join(
+        f"| {name} | {row['pairs']} | {100 * row['flips']:.1f} % | {100 * row['plain']:.1f} % "
+        f"| {100 * row['negated']:.1f} % |"
+        for name, row in found.get("flips", {}).items()
+    )
+    said = "\n".join(f"| {sentence} | {value:+.2f} |" for sentence, value in found["behaviour"].items())
+    return f"""## Verdicts
+
+After a statement and `{prompt}` the next token is one of {words}: a mean rating (-4 to 4) of at least {great} is great,
+of at least {good} good, the same below zero terrible and bad, and what lies between okay. The log-odds of great and
+good against bad and terrible measure sentiment. On held-out sentences of film reviews rated above .7 or below -.7, and
+on minimal pairs with words and frames never trained on (a flip: both statements of a pair on their right side):
+
+| judge | {" | ".join(columns)} |
+|---|{"---|" * len(columns)}
+{scores}
+
+| minimal pairs | number | flips | plain right | negated right |
+|---|---|---|---|---|
+{flips}
+
+| statement | log-odds |
+|---|---|
+{said}"""
 
 
 def _saes(evaluation: dict) -> str:

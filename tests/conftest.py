@@ -11,6 +11,21 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 settings.register_profile("bilens", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("bilens")
 
+SLOW = {  # they train models, start processes, or open a browser
+    *("test_adversarial", "test_anneal_script", "test_annealing", "test_classifiers", "test_hub", "test_images"),
+    *("test_llama", "test_main", "test_motifs", "test_opinions", "test_pronoun_circuit", "test_rank_layer"),
+    *("test_readme", "test_report", "test_reproduce_images", "test_reproduce_language", "test_saes", "test_toys"),
+    *("test_training", "test_tutorials"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of slow files, which CI runs once and not in every mode."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "mat", "once", "upon", "time", "and", "saw", "big", "little")
 
 

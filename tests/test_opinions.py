@@ -2,9 +2,12 @@
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -15,6 +18,7 @@ import bag_of_words
 import evaluate_verdicts
 import make_opinions
 import make_verdicts
+import opinion_lexicon
 from opinion_frames import Frame
 from opinion_patterns import patterns, side
 from opinion_words import ADJECTIVES, NOUNS, PERSONAL, VERBS, Word, held_out_words, stem, words_of
@@ -36,18 +40,31 @@ def lexicon():
 
 
 @pytest.fixture(scope="module")
-def rows(lexicon):
-    return make_opinions.corpus(lexicon, {"train": 1500, "held-out": 200}, 0.1, seed=3)
+def counts(lexicon):
+    """Uses made up for the listed words, and for words of no list: a fifth of the latter nouns."""
+    found = {word: Counter(all=50) for word in lexicon}
+    more = [f"word{letter}{other}" for letter in "abcdef" for other in "bcdfghklmnp"]
+    lexicon |= {word: 2.0 if i % 2 else -2.0 for i, word in enumerate(more)}
+    for i, word in enumerate(more):
+        liked = {"positive": 20, "negative": 2} if i % 2 else {"positive": 2, "negative": 20}
+        found[word] = Counter({"all": 50, "adjective" if i % 5 else "noun": 20} | liked)
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(lexicon, counts):
+    return make_opinions.corpus(lexicon, counts, {"train": 1500, "held-out": 200}, 0.1, seed=3)
 
 
 def word(form, rating, base=None):
     return Word(form, base or form, rating, "adjective")
 
 
-def test_the_same_arguments_give_the_same_corpus(lexicon, rows):
-    counts = {"train": 1500, "held-out": 200}
-    assert make_opinions.corpus(lexicon, counts, 0.1, seed=3) == rows
-    assert make_opinions.corpus(lexicon, counts, 0.1, seed=4) != rows
+def test_the_same_arguments_give_the_same_corpus(lexicon, counts, rows):
+    pairs = {"train": 1500, "held-out": 200}
+    assert make_opinions.corpus(lexicon, counts, pairs, 0.1, seed=3) == rows
+    assert make_opinions.corpus(lexicon, counts, pairs, 0.1, seed=4) != rows
+    assert len({row["statement"] for row in rows if row["split"] == "held-out"}) == 400
 
 
 def test_neither_word_nor_negator_tells_the_outcome(rows):
@@ -67,15 +84,42 @@ def test_a_pair_has_opposite_outcomes(rows):
     assert all(outcomes == {True, False} for outcomes in sides.values())
 
 
-def test_held_out_words_and_subjects_never_occur_in_training(lexicon, rows):
-    stems = held_out_words(words_of(lexicon), 0.1)
+def test_held_out_words_and_subjects_never_occur_in_training(lexicon, counts, rows):
+    stems = opinion_lexicon.held_out_stems(lexicon, opinion_lexicon.all_words(lexicon, counts), 0.1)
+    assert held_out_words(words_of(lexicon), 0.1) <= stems
+    assert any(found.startswith("word") for found in stems)
     train = [row for row in rows if row["split"] == "train"]
     tokens = {token.strip(".,!") for row in train for token in row["text"].replace("'", " ").split()}
     assert stems
     assert not stems & {stem(token) for token in tokens}
     held = [row for row in rows if row["split"] == "held-out"]
-    assert all(stem(row["word"].removeprefix("un")) in stems for row in held if row["kind"] == "adjective")
+    said = [row["word"] for row in held if row["kind"] == "adjective"]
+    assert all({stem(word), stem(word.removeprefix("un"))} & stems for word in said)
     assert not {row["frame"] for row in held} & {row["frame"] for row in train}
+
+
+def test_reviews_tell_what_a_word_is_and_whether_it_keeps_its_sign(tmp_path):
+    texts = [
+        "A zesty film, so zesty. The mirth of it.",
+        "It was very zesty! No mirth, no gloom.",
+        "Very slow. Very grim.",
+    ]
+    labels = ["positive", "positive", "negative"]
+    path = tmp_path / "reviews.parquet"
+    pq.write_table(pa.table({"text": texts * 9, "label": labels * 9}), path)
+    lexicon = {"zesty": 1.5, "mirth": 2.0, "gloom": -2.0, "slow": -1.0, "grim": 1.2, "x-rated": -1.0}
+    counts = opinion_lexicon.count(lexicon, path)
+    assert counts["zesty"] == Counter(all=27, adjective=18, attribute=9, positive=18)
+    assert "x-rated" not in counts
+    groups = {word: opinion_lexicon.group_of(word, lexicon[word], found) for word, found in counts.items()}
+    assert groups == {"zesty": "adjective", "mirth": "noun", "gloom": None, "slow": "adjective", "grim": None}
+
+
+def test_common_words_come_often():
+    words = [word("common", 2.0)._replace(weight=9.0), word("rare", 2.0), word("odd", 2.0)]
+    drawn = [make_opinions.sample(words, random.Random(seed)) for seed in range(200)]
+    assert all(first.form != second.form for first, second in drawn)
+    assert sum(first.form == "common" for first, _ in drawn) > 140
 
 
 def test_related_forms_are_held_out_together():

@@ -117,6 +117,24 @@ def test_nothing_is_imported_behind_the_readers_back(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_crosses_a_module(module):
+    tree, names = parse(module), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            assert not node.attr.startswith("_") or node.attr.startswith("__") or node.attr in ("_fields", "_asdict")
+
+
+def test_files_are_short():
+    lines = sorted(len(path_of(module).read_text().splitlines()) for module in ROOMS)
+    assert lines[len(lines) // 2] <= 250
+    assert lines[-1] <= 600
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_third_parties_stay_in_their_modules(module):
     libraries = {name.split(".")[0] for name in imported(module)}
     assert not [library for library, homes in HOMES.items() if library in libraries and module not in homes]

@@ -39,7 +39,8 @@ def scores(B, readers, by):
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32])
 def screen(request, monkeypatch):
-    monkeypatch.setattr(precision, "product_rates", lambda device: {d: d == request.param for d in precision.SCREENS})
+    rates = {dtype: float(dtype == request.param) for dtype in precision.SCREENS}
+    monkeypatch.setattr(precision, "product_rates", lambda device: rates)
     return request.param
 
 

@@ -217,3 +217,24 @@ def test_tokenised_corpora_of_another_run_are_refused(corpus, verdicts, mixture)
     )
     assert done.returncode != 0
     assert "holds other corpora, or another tokenizer or --holdout: delete it" in done.stderr
+
+
+def test_training_goes_on_from_a_models_weights(corpus, trained, tmp_path):
+    more = ["--start", str(trained), "--lr", "0", "--lr-embed", "0", "--tokens", "128"]
+    subprocess.run([*command(corpus, tmp_path / "run"), *more], check=True, capture_output=True, timeout=200)
+    before, after = bilens.load(trained).state_dict(), bilens.load(tmp_path / "run" / "model").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    record = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert record["settings"]["start"] == train_language.weights_digest(bilens.load(trained))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--context", "32"], "at most 16"), (["--context", "16"], "must be the tokenizer of --start")],
+)
+def test_a_start_that_does_not_fit_is_refused(more, message, trained, tmp_path):
+    tokenizer = (trained / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.replace('"cat"', '"cow"'))
+    args = train_language.parse_args(["--data", "x", "--out", str(tmp_path), "--start", str(trained), *more])
+    with pytest.raises(SystemExit, match=message):
+        train_language.started_model(args)

@@ -72,16 +72,17 @@ class Published(Layout):
         """Read the model's shape off a config; the arguments are those of `Layout.shape`."""
         read = Keys(config, path)
         sizes = {ours: read.size(theirs) for ours, theirs in SIZES.items()}
-        if self.generation != "2025" and read.size("n_vocab") != d_vocab:
-            raise CheckpointError(f"{path}: n_vocab is {read.size('n_vocab')}, but the embedding has {d_vocab} rows")
         with blaming(path):
-            return BilinearConfig(
+            shape = BilinearConfig(
                 *(sizes[name] for name in ("n_layers", "d_model", "n_ctx")),
                 d_vocab,
                 attention=self._attention(read, sizes),
                 mlp=self._mlp(read, sizes["d_hidden"]),
                 norm=self._norm(read),
             )
+        if self.generation != "2025" and read.size("n_vocab") != d_vocab:
+            raise CheckpointError(f"{path}: n_vocab is {read.size('n_vocab')}, but the embedding has {d_vocab} rows")
+        return shape
 
     def _attention(self, read: Keys, sizes: Mapping[str, int]) -> AttentionConfig:
         scale, kind = 1.0, "softmax"
