@@ -1,11 +1,11 @@
 """Labels beside points, of which no two overlap."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _LETTER, _LINE = 0.6, 1.4  # width of a letter and height of a line, of the size of the font
-_DISTANCES, _ANGLES = (8, 18, 30, 44, 60, 80, 105), 16
+_DISTANCES, _ANGLES = (8, 18, 30, 44, 60, 80, 105, 135, 170), 16
 _MARKER = 5  # radius of a marker with what is left around it
 _STEPS = 8  # points of a leader line that are looked at
 
@@ -57,13 +57,19 @@ def place(
     Returns:
         The middle of each label, or `None`.
     """
-    taken = [Box.around(x, y, 2 * _MARKER, 2 * _MARKER) for x, y in points]
-    found = []
+    markers = [Box.around(x, y, 2 * _MARKER, 2 * _MARKER) for x, y in points]
+    labels, lines, found = [], [], []
     for point, wanted in zip(points, sizes, strict=False):
-        at = next((at for at in _around(point, wanted) if _is_free(point, at, wanted, area, taken)), None)
-        if at is not None:
-            taken += [Box.around(*at, *wanted), *_leader(point, at)]
-        found.append(at)
+        for at in _around(point, wanted):
+            box, line = Box.around(*at, *wanted), _leader(point, at)
+            free = box.within(area) and not any(map(box.meets, (*markers, *labels, *lines)))
+            if free and not any(label.meets(part) for label in labels for part in line):
+                labels.append(box)
+                lines += line
+                found.append(at)
+                break
+        else:
+            found.append(None)
     return found
 
 
@@ -72,17 +78,6 @@ def _around(point: tuple[float, float], wanted: tuple[float, float]) -> Iterator
         for step in range(_ANGLES):  # from straight above
             x, y = (f(2 * math.pi * step / _ANGLES) for f in (math.sin, math.cos))
             yield point[0] + x * (distance + wanted[0] / 2), point[1] - y * (distance + wanted[1] / 2)
-
-
-def _is_free(
-    point: tuple[float, float], at: tuple[float, float], wanted: tuple[float, float], area: Box, taken: Iterable[Box]
-) -> bool:
-    box, line = Box.around(*at, *wanted), _leader(point, at)
-    mine = Box.around(*point, 2 * _MARKER, 2 * _MARKER)
-    others = [one for one in taken if one != mine]
-    return (
-        box.within(area) and not box.meets(mine) and not any(part.meets(one) for one in others for part in (box, *line))
-    )
 
 
 def _leader(point: tuple[float, float], at: tuple[float, float]) -> list[Box]:
