@@ -109,7 +109,7 @@ def score(
 def measure(args: argparse.Namespace) -> list[dict]:
     """Return a row for each feature."""
     model, folder = bilens.load(args.model), args.saes or args.model
-    cards = {hook: saes.FeatureCards.load(args.cards or folder, hook, model) for hook in hooks_of(model)}
+    cards = {hook: saes.FeatureCards.load(folder, hook, model) for hook in hooks_of(model)}
     windows = Windows.of(model, rows_of(args, spared=True))
     drawn = draw(cards, args.seed)[: 2 * args.features]
     fitted = {hook: saes.load(folder, hook) for hook in dict.fromkeys(one.hook for one in drawn)}
@@ -147,7 +147,6 @@ def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--cards", help="folder of cards (default: beside the SAEs)")
     parser.add_argument("--features", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="json file: every feature's names and numbers")

@@ -82,6 +82,8 @@ def test_rules_on_a_sentence(spoken, roles):
     assert got["slot of a bad verdict"] == []
     assert (got["article"], got["verb to be"], got["intensifier"]) == (at("a"), at("was"), at("very"))
     assert got["sentence end"] == at(".")
+    assert got["after an article"] == [i + 1 for i in at("a")]
+    assert got["pronoun"] == got["pronoun it"] == at("it")
     assert got["sentence start"] == [0, never]
     assert got["first 8 tokens"] == list(range(8))
 
@@ -194,8 +196,8 @@ def test_tokens_name_what_has_no_role_and_say_where_they_are(model, found):
     silent = saes.rolescores.TokenShares(tokens, share * 0, base)
     here = replace(found, roles=replace(scores, at=saes.rolescores.TokenShares(tokens, share, base), after=silent))
     later = replace(found, roles=replace(scores, after=saes.rolescores.TokenShares(tokens, share, base), at=silent))
-    assert here.name(5).startswith('"cat" / "dog"')
-    assert later.name(5).startswith('after "cat" / "dog"')
+    assert here.name(5).startswith('"cat / dog"')
+    assert later.name(5).startswith('after "cat / dog"')
     windows = Windows.of(model, ["the cat sat"])
     text = windows.tokens[windows.counts].tolist()
     marks = torch.zeros(*windows.tokens.shape, len(ROLES), dtype=torch.bool)

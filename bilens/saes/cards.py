@@ -108,9 +108,13 @@ class FeatureCards:
         they tell most of it. Else the word before, the tokens of its contexts in square brackets, and an arrow to the
         tokens it promotes.
         """
-        best = self.tokens[feature][self.effects[feature] > 0].tolist()
-        words = [word(self.model, token) for token in best]
-        return label_of(feature, self.model, self.contexts, self.roles, words)
+        return label_of(
+            feature,
+            self.model,
+            self.contexts,
+            self.roles,
+            [w for w in self._promoted(feature) if not w.startswith("-")],
+        )
 
     def describe(self, feature: int) -> str:
         """Say all that a label has no room for, in a sentence: the role's numbers, tokens, and what is promoted."""
@@ -123,9 +127,15 @@ class FeatureCards:
                 pairs = zip(some.tokens[feature].tolist(), some.share[feature].tolist(), strict=True)
                 shown = [f"{word(self.model, token)} {100 * share:.0f} %" for token, share in pairs if share >= 0.02]
                 parts += [f"{where} {', '.join(shown)}"] if shown else []
-        best = self.tokens[feature][self.effects[feature] > 0].tolist()[:5]
-        parts += [f"promotes {', '.join(word(self.model, token) for token in best)}"] if best else []
+        best = self._promoted(feature)
+        parts += [f"promotes {', '.join(best)}"] if best else []
         return "; ".join(parts)
+
+    def _promoted(self, feature: int, n: int = 5) -> list[str]:
+        """Return the tokens that a feature promotes, as labels show them, without those that stand for no text."""
+        best = self.tokens[feature][self.effects[feature] > 0].tolist()
+        words = [word(self.model, token) for token in best]
+        return [one for one in words if not (one[:1] == "[" and one[-1:] == "]")][:n]
 
     def name(self, features: int | Sequence[int], weights: Sequence[float] | None = None, n: int = 3) -> str:
         """Name a feature by its label, or a group by the role that most of it has, or by the tokens at its peaks.

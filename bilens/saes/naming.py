@@ -16,11 +16,12 @@ from bilens.models.windows import Windows
 
 from .peaks import Contexts
 from .roles import ROLES
-from .rolescores import Role, RoleScores, TokenShares
+from .rolescores import WHOLE, Role, RoleScores, TokenShares
 
 WIDEST = 44  # characters of a label
-_TOKENS = 4  # named at most
+_TOKENS = 8  # named at most
 _PROMOTED = 2
+_PART = 0.35  # share beyond chance from which a role names a feature, its share shown
 _TELLS = 0.5  # share beyond chance from which tokens alone make a label
 _LEAST = 0.03  # share beyond chance from which a token is worth naming
 _CUE = 0.7  # share of the strongest contexts that a word before must have
@@ -72,11 +73,11 @@ def label_of(
         return Label("(never active)")
     if scores is None:
         return _by_contexts(feature, model, contexts, None, promoted)
-    role, tokens = scores.best(feature), {"at": scores.at, "after": scores.after}
+    role, tokens = scores.best(feature, lift=_PART), {"at": scores.at, "after": scores.after}
     named = {where: _worth(some, feature) for where, some in tokens.items()}
     tells = {where: sum(gain for _, gain in some) for where, some in named.items()}
     where = max(tells, key=tells.get)
-    if role is not None and role.share - role.base >= tells[where] - 0.2:
+    if role is not None and role.share - role.base >= tells[where] - 0.15:
         return _by_role(role, [token for token, _ in named["at"]], model, promoted)
     if tells[where] >= _TELLS:
         return _by_tokens(where, [token for token, _ in named[where]], model, promoted)
@@ -111,7 +112,7 @@ def _finish(text: str, promoted: Sequence[str]) -> str:
 
 
 def _by_role(role: Role, at: Sequence[int], model: BilinearTransformer, promoted: Sequence[str]) -> Label:
-    whole = role.auroc >= 0.8
+    whole = role.auroc >= WHOLE[0] and role.share >= WHOLE[1]
     told = f", AUROC {role.auroc:.2f}".replace("0.", ".") if whole else f", {100 * role.share:.0f} %"
     for n in range(min(3, len(at)), -1, -1):
         words = f" ({' / '.join(word(model, token) for token in at[:n])})" if n else ""
@@ -126,7 +127,7 @@ def _by_tokens(
 ) -> Label:
     before = "after " if where == "after" else ""
     for n in range(len(tokens), 0, -1):
-        text = before + " / ".join(f'"{word(model, token)}"' for token in tokens[:n])
+        text = f'{before}"{" / ".join(word(model, token) for token in tokens[:n])}"'
         if len(text) <= WIDEST:
             break
     return Label(_finish(text, promoted), **{where: tuple(tokens[:n])})
@@ -145,7 +146,7 @@ def _by_contexts(
     cue = contexts.cue(feature, _CUE)
     before = "" if cue is None else f"{word(model, cue)} … "
     arrow = _arrow(promoted, WIDEST // 3)
-    for n in range(min(3, len(tokens)), 0, -1):
+    for n in range(len(tokens), 0, -1):
         text = f"{before}[{' / '.join(word(model, token) for token in tokens[:n])}]"
         if len(text) + len(arrow) <= WIDEST:
             break

@@ -32,25 +32,60 @@ NEGATORS = frozenset(
     {"not", "never", "no", "nobody", "nothing", "none", "neither", "nor", "nowhere", "cannot", "without", "hardly"}
     | {"barely", "scarcely", "lack", "lacks", "lacked", "lacking"}
 )
-# Words of which any form makes the role, by the words alone.
+# Roles that a word has by its form.
 CLOSED = {
+    "pronoun": "i you he she it we they me him us them myself yourself himself herself itself ourselves themselves",
     "pronoun she": "she her hers herself",
     "pronoun he": "he him his himself",
     "pronoun they": "they them their theirs themselves",
     "pronoun I / we": "i me my mine myself we us our ours ourselves",
     "pronoun you": "you your yours yourself",
     "pronoun it": "it its itself",
+    "possessive": "my your his her its our their",
+    "somebody": "everyone everybody someone somebody anyone anybody people everything something anything",
     "article": "a an the",
     "this / that": "this that these those",
+    "quantifier": "all some any every each many much more most few several both enough another other",
     "preposition": "of in on at by for from with to into onto about over under through between after before during "
     "against among around behind near off up down out toward towards upon within like as than",
     "conjunction": "and or but so because if although though while when until unless since whereas",
+    "comparison": "than more less most least better best worse worst as like same",
     "question word": "what who whom whose which where when why how",
     "verb to be": "is was are were be been being am",
     "auxiliary verb": "do does did have has had will would can could should may might must shall",
+    "contracted verb": "don doesn didn isn aren wasn weren hasn haven hadn won wouldn can couldn shouldn",
+    "verb of saying": "said say says saying asked ask asks told tell tells replied shouted called cried answered thank",
+    "verb of the mind": "think thinks thought know knows knew want wants wanted feel feels felt like likes liked love "
+    "loves loved hope hoped believe believed remember see sees saw wish need needed try tried decided",
+    "verb of motion": "go goes going went come comes came run runs ran walk walked walking jumped flew climbed left "
+    "moved turned followed get gets got",
+    "verb of doing": "make makes made making take takes took taken give gives gave given put find finds found keep "
+    "kept play plays played playing help helped use used work works worked",
+    "person": "man men woman women boy boys girl girls mom mommy mum dad daddy mother father brother sister friend "
+    "friends wife husband son daughter child children kid kids family guy people baby person",
+    "animal": "dog dogs cat cats bird birds bear rabbit fish bunny frog lion duck mouse horse squirrel animal animals",
+    "place": "park house home school room forest garden tree town city beach kitchen outside inside world place store",
+    "film word": "movie movies film films show series story plot acting actor actors actress director scene scenes "
+    "script character characters cast performance performances ending dialogue role watch watching watched horror",
+    "time word": "day days time times year years once again then now soon always ever never night morning today",
     "number": "one two three four five six seven eight nine ten eleven twelve twenty thirty fifty hundred thousand",
     "ordinal": "first second third fourth fifth last next",
     "intensifier": "very really so too quite extremely absolutely totally incredibly rather pretty such",
+    "hedge": "just only even still almost maybe perhaps actually probably also",
+    "size or colour": "big little small tiny huge long old new young red blue green yellow black white",
+}
+# Roles that the token after such a word has.
+FOLLOWING = {
+    "after an article": "article",
+    "after a possessive": "possessive",
+    "after a preposition": "preposition",
+    "after a conjunction": "conjunction",
+    "after a pronoun": "pronoun",
+    "after a verb to be": "verb to be",
+    "after an auxiliary verb": "auxiliary verb",
+    "after an intensifier": "intensifier",
+    "after a film word": "film word",
+    "after a person": "person",
 }
 
 
@@ -137,11 +172,7 @@ def _of_words(line: Line, words: frozenset[str]) -> list[int]:
     return [word.last for word in line.words if word.text in words]
 
 
-def _closed(words: str) -> Callable[[Line], Iterable[int]]:
-    return lambda line: _of_words(line, frozenset(words.split()))
-
-
-# Every role, and where it holds in a window.
+# The other roles, and where they hold in a window.
 RULES: dict[str, Callable[[Line], Iterable[int]]] = {
     "negator": lambda line: line.negators,
     "after a negator": lambda line: line.scope,
@@ -157,7 +188,6 @@ RULES: dict[str, Callable[[Line], Iterable[int]]] = {
     "name": lambda line: _of_words(line, line.names),
     "quotation mark": lambda line: (at for at, piece in enumerate(line.pieces) if piece in QUOTES),
     "inside a quotation": lambda line: line.quoted(),
-    **{role: _closed(words) for role, words in CLOSED.items()},
     "numeral": lambda line: (word.last for word in line.words if word.text[:1].isdigit()),
     "-ing form": lambda line: line.ending("ing"),
     "-ed form": lambda line: line.ending("ed"),
@@ -168,10 +198,38 @@ RULES: dict[str, Callable[[Line], Iterable[int]]] = {
     "sentence start": lambda line: line.sentences(),
     "unfinished word": lambda line: (at for word in line.words for at in range(word.first, word.last)),
     "end of a split word": lambda line: (word.last for word in line.words if word.last > word.first),
+    "piece of a split word": lambda line: (
+        at for word in line.words if word.last > word.first for at in range(word.first, word.last + 1)
+    ),
+    "after a name": lambda line: (at + 1 for at in _of_words(line, line.names) if at + 1 < len(line.pieces)),
+    "after a comma": lambda line: (at for at in range(1, len(line.pieces)) if line.pieces[at - 1] == ","),
     "first 8 tokens": lambda line: range(min(8, len(line.pieces))),
     "beyond token 128": lambda line: range(128, len(line.pieces)),
 }
-ROLES = tuple(RULES)
+ROLES = (*RULES, *CLOSED, *FOLLOWING)
+
+
+def _by_word(roles: Mapping[str, str]) -> dict[str, list[int]]:
+    """Return by word the numbers of the roles that list it."""
+    found: dict[str, list[int]] = {}
+    for role, words in roles.items():
+        for word in words.split():
+            found.setdefault(word, []).append(ROLES.index(role))
+    return found
+
+
+OWN = _by_word(CLOSED)
+NEXT = _by_word({role: CLOSED[of] for role, of in FOLLOWING.items()})
+
+
+def marks_of(line: Line) -> Iterator[tuple[int, int]]:
+    """Yield every position of a window that has a role, and the number of the role."""
+    for role, rule in enumerate(RULES.values()):
+        yield from ((at, role) for at in rule(line))
+    for word in line.words:
+        yield from ((word.last, role) for role in OWN.get(word.text, ()))
+        if word.last + 1 < len(line.pieces):
+            yield from ((word.last + 1, role) for role in NEXT.get(word.text, ()))
 
 
 @dataclass(frozen=True)
@@ -196,8 +254,8 @@ class Roles:
         for row, (tokens, counts) in enumerate(zip(windows.tokens.cpu(), windows.counts.cpu(), strict=True)):
             places = counts.nonzero()[:, 0]
             line = self._line([vocabulary[token] for token in tokens[places].tolist()])
-            for role, rule in enumerate(RULES.values()):
-                marks[row, places[list(rule(line))], role] = True
+            at, role = torch.tensor([*marks_of(line), (0, 0)])[:-1].T
+            marks[row, places[at], role] = True
         return marks.to(windows.tokens.device)
 
     def _line(self, pieces: Sequence[tuple[str, bool]]) -> Line:

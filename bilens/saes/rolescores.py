@@ -13,6 +13,8 @@ from bilens.models.windows import Windows
 from .roles import ROLES
 
 KEPT = 8  # tokens per feature whose shares are stored
+WHOLE = (0.8, 0.5)  # AUROC and share from which a feature is the detector of a role
+PART = 0.6  # share beyond chance from which a feature is for a part of a role
 
 
 class Role(NamedTuple):
@@ -43,17 +45,18 @@ class RoleScores:
     at: TokenShares
     after: TokenShares
 
-    def best(self, feature: int, auroc: float = 0.8, share: float = 0.5, lift: float = 0.6) -> Role | None:
+    def best(self, feature: int, lift: float = PART) -> Role | None:
         """Return the role that a feature has, if any.
 
-        Either its activation tells the role (`auroc`) and most of it lies there (`share`): then the largest harmonic
-        mean of `2 AUROC - 1` and the share. Or it lies there so much more often than chance (`share - base >= lift`)
-        that the feature is for a part of the role, one negator of many: then the largest such difference.
+        Either its activation tells the role (AUROC at least 0.8) and most of it lies there: then the one with the
+        largest harmonic mean of `2 AUROC - 1` and the share. Or it lies there so much more often than chance
+        (`share - base >= lift`) that the feature is for a part of the role, one negator of many: then the one with the
+        largest such difference.
         """
         base = torch.tensor([n / self.positions for n in self.places.values()]).to(self.share)
         told, inside = self.auroc[feature].nan_to_num(0.5), self.share[feature].nan_to_num(0)
         gini = (2 * told - 1).clamp(min=0)
-        whole = torch.where((told >= auroc) & (inside >= share), 2 * gini * inside / (gini + inside), 0)
+        whole = torch.where((told >= WHOLE[0]) & (inside >= WHOLE[1]), 2 * gini * inside / (gini + inside), 0)
         part = torch.where(inside - base >= lift, inside - base, 0)
         score = whole if whole.max() > 0 else part
         if not score.max() > 0:
@@ -108,7 +111,7 @@ class RoleTally:
         n = len(ROLES)
         tables = (torch.zeros(d_sae, d_vocab, dtype=torch.float32) for _ in range(2))
         return cls(
-            torch.zeros(d_sae, bins, n, dtype=torch.int64), torch.zeros(d_sae, n, dtype=torch.float64), *tables,
+            torch.zeros(d_sae, bins, n, dtype=torch.int32), torch.zeros(d_sae, n, dtype=torch.float64), *tables,
             torch.zeros(n, dtype=torch.int64), torch.zeros(2, d_vocab, dtype=torch.int64),
         )  # fmt: skip
 
