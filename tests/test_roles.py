@@ -213,6 +213,12 @@ def test_all_labels_fit_and_none_is_a_bare_word(found):
             assert label.role or label.text[0] in '["(' or " [" in label.text or label.text.startswith("after ")
 
 
+def test_a_feature_without_contexts_is_called_so(found):
+    contexts = replace(found.contexts, tokens=torch.full_like(found.contexts.tokens, -1))
+    for roles in (found.roles, None):
+        assert replace(found, contexts=contexts, roles=roles).name(5) == "(never active)"
+
+
 def test_cards_with_roles_are_read_again_and_older_ones_too(model, sae, found, tmp_path):
     for folder, cards in (("new", found), ("old", replace(found, roles=None))):
         saes.save(sae, tmp_path / folder / HOOK)

@@ -69,7 +69,7 @@ def label_of(
         scores: Its roles, if they are known.
         promoted: Tokens it promotes, strongest first.
     """
-    if contexts.density[feature] == 0:
+    if not (contexts.tokens[feature, :, contexts.peak] >= 0).any():  # nor where it is negative alone
         return Label("(never active)")
     if scores is None:
         return _by_contexts(feature, model, contexts, None, promoted)
