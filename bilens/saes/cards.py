@@ -18,7 +18,7 @@ from torch import Tensor
 from bilens.models.files import atomic_write, fingerprint
 from bilens.models.transformer import BilinearTransformer
 
-from .naming import Label, label_of, word
+from .naming import WIDEST, Label, label_of, word
 from .peaks import Contexts
 from .rolescores import Role, RoleScores
 from .stored import sae_folder
@@ -161,7 +161,10 @@ class FeatureCards:
             return text
         told = (share @ self.auroc[some]).nan_to_num(0)
         best = int(told.argmax())
-        return f"{list(self.labels)[best]}: {text}" if told[best] >= _TELLS else text
+        if told[best] < _TELLS:
+            return text
+        text = f"{list(self.labels)[best]}: {text}"
+        return text if len(text) <= WIDEST or not isinstance(features, int) else f"{text[: WIDEST - 1]}…"
 
     def _shared_role(self, features: Sequence[int], share: Float[Tensor, " n"]) -> str | None:
         """Return the role that at least 60 % of a group has, by weight."""
