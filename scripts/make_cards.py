@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says which SAEs, and which text."""
     parser.add_argument("model", help="bilens-mini, a folder or a Hub repository")
     parser.add_argument("--saes", help="folder of SAEs (default: the model's own)")
+    parser.add_argument("--layers", type=int, nargs="+", help="which layers (default: all)")
     parser.add_argument("--data", nargs="+", required=True, help="files with a column `text`, or Hub datasets")
     parser.add_argument("--rated", type=Path, help="parquet with columns source, sentiment, text")
     parser.add_argument("--opinions", type=Path, help="parquet made by make_opinions.py")
@@ -55,16 +56,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for progress and cards")
     args = parser.parse_args()
     model, folder = bilens.load(args.model), args.saes or args.model
-    fitted = {hook: saes.load(folder, hook) for hook in hooks_of(model)}
+    fitted = {hook: saes.load(folder, hook) for hook in hooks_of(model, args.layers)}
     found = saes.collect(
         model, fitted, rows_of(args, spared=False), folder=args.out, label=args.label, roles=roles_of(args)
     )
     print("\n".join(map(repr, found.values())))
 
 
-def hooks_of(model: bilens.BilinearTransformer) -> list[str]:
-    """Return the hook points before and after every MLP."""
-    return [f"blocks.{i}.{point}" for i in range(model.cfg.n_layers) for point in ("hook_mlp_in", "hook_mlp_out")]
+def hooks_of(model: bilens.BilinearTransformer, layers: list[int] | None) -> list[str]:
+    """Return the hook points before and after the MLPs of some layers, or of all."""
+    layers = range(model.cfg.n_layers) if layers is None else layers
+    return [f"blocks.{i}.{point}" for i in layers for point in ("hook_mlp_in", "hook_mlp_out")]
 
 
 def roles_of(args: argparse.Namespace) -> saes.Roles:

@@ -109,7 +109,7 @@ def score(
 def measure(args: argparse.Namespace) -> list[dict]:
     """Return a row for each feature."""
     model, folder = bilens.load(args.model), args.saes or args.model
-    cards = {hook: saes.FeatureCards.load(folder, hook, model) for hook in hooks_of(model)}
+    cards = {hook: saes.FeatureCards.load(folder, hook, model) for hook in hooks_of(model, args.layers)}
     windows = Windows.of(model, rows_of(args, spared=True))
     drawn = draw(cards, args.seed)[: 2 * args.features]
     fitted = {hook: saes.load(folder, hook) for hook in dict.fromkeys(one.hook for one in drawn)}
