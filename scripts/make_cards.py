@@ -7,7 +7,7 @@ r"""Make the feature cards of all SAEs of a model, on text that neither was trai
 Each SAE's `cards.safetensors` goes into a subfolder named by its hook point; put it beside the SAE. Read are the texts
 that `train_language.py` held out, the rated sentences that `make_verdicts.py` did, with their verdicts, and the
 opinions that `make_opinions.py` did; a quarter of each but the labelled, by a hash of the text, is spared for
-`measure_names.py`. At most 400 of each file are read, labelled ones first. The features are tested for roles: sentiment
+`measure_names.py`. At most 250 of each file are read, labelled ones first. The features are tested for roles: sentiment
 words by the lexicon, names by the capitals of the first 4,000 texts of each file. Kill it at any time: the same command
 resumes.
 """
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", help="column of the labels; rows without it have none")
     parser.add_argument("--unlabelled", help="value of that column that stands for no label")
     parser.add_argument("--holdout", type=float, default=0.01, help="fraction held out in training")
-    parser.add_argument("--most", type=int, default=400, help="texts of each source")
+    parser.add_argument("--most", type=int, default=250, help="texts of each source")
 
 
 def main() -> None:
