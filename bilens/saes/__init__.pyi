@@ -14,9 +14,17 @@ from .evaluation import evaluate as evaluate
 from .fitting import ActivationStream as ActivationStream
 from .fitting import Recipe as Recipe
 from .fitting import fit as fit
+from .naming import Label as Label
+from .naming import label_of as label_of
 from .peaks import Contexts as Contexts
 from .peaks import ContextTally as ContextTally
 from .peaks import contexts as contexts
+from .roles import ROLES as ROLES
+from .roles import Roles as Roles
+from .roles import names_of as names_of
+from .rolescores import Role as Role
+from .rolescores import RoleScores as RoleScores
+from .rolescores import auroc_of_counts as auroc_of_counts
 from .stored import POINTS as POINTS
 from .stored import SAE as SAE
 from .stored import ScopeSAE as ScopeSAE

@@ -18,11 +18,14 @@ from torch import Tensor
 from bilens.models.files import atomic_write, fingerprint
 from bilens.models.transformer import BilinearTransformer
 
+from .naming import WIDEST, Label, label_of, word
 from .peaks import Contexts
+from .rolescores import Role, RoleScores
 from .stored import sae_folder
 
 FILE = "cards.safetensors"
 _TELLS = 0.6  # AUROC from which a label names a group
+_MOST = 0.6  # share of a group that must have the role which names it
 
 
 class Card(NamedTuple):
@@ -36,6 +39,7 @@ class Card(NamedTuple):
     promoted: dict[str, float]  # tokens by direct logit effect at activation 1
     demoted: dict[str, float]
     auroc: dict[str, float]  # of each label against the others
+    role: Role | None  # detected on text
     histogram: tuple[int, ...]  # positions by activation: negative, up to 2^-6, then by half octaves, above 2^6
 
 
@@ -59,6 +63,7 @@ class FeatureCards:
     labels: dict[str, int]  # how many texts have each
     provenance: dict[str, str]  # hashes of model, SAE and texts, and how many texts
     model: BilinearTransformer  # owner of the tokenizer
+    roles: RoleScores | None = None  # what text tells of roles, where it was asked
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -87,27 +92,88 @@ class FeatureCards:
             {token: effect for token, effect in effects.items() if effect > 0},
             {token: effect for token, effect in effects.items() if effect < 0},
             dict(zip(self.labels, self.auroc[feature].tolist(), strict=True)),
+            self.role(feature),
             tuple(self.histogram[feature].tolist()),
         )
 
-    def name(self, features: int | Sequence[int], weights: Sequence[float] | None = None, n: int = 3) -> str:
-        """Name a feature, or a group, by the tokens at its peaks (`Contexts.label`), behind the label it tells apart.
+    def role(self, feature: int) -> Role | None:
+        """Return the role that a feature has by the tests on text (`RoleScores.best`), `None` if none or not tested."""
+        return None if self.roles is None else self.roles.best(feature)
 
-        The label is the one with the largest mean AUROC over the group, if at least 0.6: "positive: great / loved".
+    def label(self, feature: int) -> Label:
+        """Return what a feature is called, and the rule on text that this states.
+
+        A detected role first: "negator (not / never), AUROC .97", or "positive word (great), 96 %" where most of the
+        activation is at such words but not most such words activate it. Else the tokens it is active at, or after, if
+        they tell most of it. Else the word before, the tokens of its contexts in square brackets, and an arrow to the
+        tokens it promotes.
+        """
+        return label_of(
+            feature,
+            self.model,
+            self.contexts,
+            self.roles,
+            [w for w in self._promoted(feature) if not w.startswith("-")],
+        )
+
+    def describe(self, feature: int) -> str:
+        """Say all that a label has no room for, in a sentence: the role's numbers, tokens, and what is promoted."""
+        role, parts = self.role(feature), []
+        if role is not None:
+            parts.append(f"{role.name}: AUROC {role.auroc:.2f}, {100 * role.share:.0f} % of its activation there")
+            parts[-1] += f" ({100 * role.base:.1f} % of positions)"
+        if self.roles is not None:
+            for where, some in (("at", self.roles.at), ("after", self.roles.after)):
+                pairs = zip(some.tokens[feature].tolist(), some.share[feature].tolist(), strict=True)
+                shown = [f"{word(self.model, token)} {100 * share:.0f} %" for token, share in pairs if share >= 0.02]
+                parts += [f"{where} {', '.join(shown)}"] if shown else []
+        best = self._promoted(feature)
+        parts += [f"promotes {', '.join(best)}"] if best else []
+        return "; ".join(parts)
+
+    def _promoted(self, feature: int, n: int = 5) -> list[str]:
+        """Return the tokens that a feature promotes, as labels show them, without those that stand for no text."""
+        best = self.tokens[feature][self.effects[feature] > 0].tolist()
+        words = [word(self.model, token) for token in best]
+        return [one for one in words if not (one[:1] == "[" and one[-1:] == "]")][:n]
+
+    def name(self, features: int | Sequence[int], weights: Sequence[float] | None = None, n: int = 3) -> str:
+        """Name a feature by its label, or a group by the role that most of it has, or by the tokens at its peaks.
+
+        Where the cards have labels and no role is found, the one with the largest mean AUROC, if at least 0.6, stands
+        before: "positive: [great / loved] → performances".
 
         Args:
             features: Which.
             weights: Of the features in the group; equal if `None`, and the sign does not matter.
-            n: How many tokens.
+            n: How many tokens of a group.
         """
-        text = self.contexts.label(features, self.model, n, weights)
-        if not self.labels:
-            return text
         some = [features] if isinstance(features, int) else list(features)
         share = torch.tensor([1.0] * len(some) if weights is None else list(map(abs, weights)))
-        told = (share @ self.auroc[some] / share.sum()).nan_to_num(0)
+        share = share / share.sum()
+        if isinstance(features, int):
+            label = self.label(features)
+            text, role = label.text, label.role
+        else:
+            role, text = self._shared_role(some, share), self.contexts.label(some, self.model, n, weights)
+            text = text if role is None else f"{role} ({text})"
+        if role is not None or not self.labels:
+            return text
+        told = (share @ self.auroc[some]).nan_to_num(0)
         best = int(told.argmax())
-        return f"{list(self.labels)[best]}: {text}" if told[best] >= _TELLS else text
+        if told[best] < _TELLS:
+            return text
+        text = f"{list(self.labels)[best]}: {text}"
+        return text if len(text) <= WIDEST or not isinstance(features, int) else f"{text[: WIDEST - 1]}…"
+
+    def _shared_role(self, features: Sequence[int], share: Float[Tensor, " n"]) -> str | None:
+        """Return the role that at least 60 % of a group has, by weight."""
+        votes: dict[str, float] = {}
+        for feature, weight in zip(features, share.tolist(), strict=True):
+            if (role := self.role(feature)) is not None:
+                votes[role.name] = votes.get(role.name, 0.0) + weight
+        best = max(votes, key=votes.get, default=None)
+        return best if best is not None and votes[best] >= _MOST else None
 
     def near(self, words: Sequence[str], share: float = 0.6) -> Int[Tensor, " found"]:
         """Return the features whose peaks have one of some words at, or up to three tokens before, them.
@@ -162,6 +228,9 @@ class FeatureCards:
             "auroc": self.auroc.float(),
         }
         about = {"hook": self.hook, "labels": self.labels, "provenance": self.provenance, "peak": self.contexts.peak}
+        if self.roles is not None:
+            tensors |= self.roles.tensors()
+            about |= {"roles": self.roles.places, "positions": self.roles.positions}
         with atomic_write(path) as partial:
             save_file(tensors, partial, {"cards": json.dumps(about)})
 
@@ -187,7 +256,8 @@ class FeatureCards:
         contexts = Contexts(
             tensors["contexts.tokens"].long(), tensors["contexts.values"].float(), tensors["density"], about["peak"]
         )
+        roles = RoleScores.read(about["roles"], about["positions"], tensors) if "roles" in about else None
         return cls(
             about["hook"], contexts, tensors["histogram"].long(), tensors["mean"], tensors["tokens"].long(),
-            tensors["effects"].float(), tensors["auroc"], about["labels"], about["provenance"], model,
+            tensors["effects"].float(), tensors["auroc"], about["labels"], about["provenance"], model, roles,
         )  # fmt: skip

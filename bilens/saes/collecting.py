@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import rankdata
@@ -27,6 +27,8 @@ from bilens.models.windows import Windows, holds_text, layer_of, observed
 from .cards import FILE, FeatureCards
 from .directions import check_sae, writers
 from .peaks import ContextTally
+from .roles import Roles
+from .rolescores import Active, RoleTally
 
 if TYPE_CHECKING:
     from .stored import SAE
@@ -47,6 +49,7 @@ def collect(
     text: str = "text",
     label: str | None = None,
     n: int = 8,
+    roles: Roles | None = None,
 ) -> dict[str, FeatureCards]:
     """Make the cards of all features of some SAEs in one pass over a dataset.
 
@@ -63,9 +66,11 @@ def collect(
         text: Column of the texts.
         label: Column of the labels; none if `None`.
         n: Contexts per feature, at most one per window of text.
+        roles: Tests the features for roles (`Roles.of`), which then name them; not tested if `None`.
 
     Returns:
-        The cards by hook point. Memory: `n_features · (16 n + n_texts)` numbers for each SAE, the latter with labels.
+        The cards by hook point. Memory: `n_features · (16 n + n_texts)` numbers for each SAE, the latter with labels;
+        with roles `2 · n_features · (d_vocab + 500)` more.
 
     Raises:
         ValueError: An SAE of another width, hook point or model; rows without the columns, or with something else than
@@ -75,8 +80,8 @@ def collect(
         raise ValueError("saes must hold at least one SAE by its hook point, got none")
     for hook, sae in saes.items():
         check_sae(model, sae, hook)
-    about = {"model": fingerprint(model), "label": label or ""}
-    tallies = {hook: _Tally.empty(sae, n) for hook, sae in saes.items()}
+    about = {"model": fingerprint(model), "label": label or ""} | ({"roles": roles.digest} if roles else {})
+    tallies = {hook: _Tally.empty(sae, n, model.cfg.d_vocab if roles else None) for hook, sae in saes.items()}
     about |= {hook: f"{fingerprint(sae)} n={n}" for hook, sae in saes.items()}
     run = _Run(about, tallies)
     state = None if folder is None else Path(folder) / "state.safetensors"
@@ -86,7 +91,7 @@ def collect(
     _skip(run, rows, state)
     bar.update(run.n_texts)
     while some := list(islice(rows, CHUNK)):
-        _take_in(model, saes, run, some)
+        _take_in(model, saes, roles, run, some)
         bar.update(len(some))
         if state is not None:
             run.save(state)
@@ -131,16 +136,20 @@ class _Tally:
     contexts: ContextTally
     histogram: Int[Tensor, "feature bin"]
     total: Float[Tensor, " feature"]  # of all activations
+    roles: RoleTally | None = None
     scores: list[Float[Tensor, "text feature"]] = field(default_factory=list)  # mean activations, of labelled texts
 
     @classmethod
-    def empty(cls, sae: "SAE", n: int) -> "_Tally":
+    def empty(cls, sae: "SAE", n: int, d_vocab: int | None) -> "_Tally":
         d_sae = sae.cfg.d_sae
         histogram = torch.zeros(d_sae, len(EDGES) + 2, dtype=torch.int64)
-        return cls(ContextTally.empty(d_sae, n), histogram, torch.zeros(d_sae, dtype=torch.float64))
+        roles = None if d_vocab is None else RoleTally.empty(d_sae, histogram.shape[1], d_vocab)
+        return cls(ContextTally.empty(d_sae, n), histogram, torch.zeros(d_sae, dtype=torch.float64), roles)
 
-    def add(self, windows: Windows, z: Float[Tensor, "row seq feature"]) -> Float[Tensor, "row feature"]:
-        """Take in windows, and return each one's sum of activations."""
+    def add(
+        self, windows: Windows, z: Float[Tensor, "row seq feature"], marks: Bool[Tensor, "row seq role"] | None
+    ) -> Float[Tensor, "row feature"]:
+        """Take in windows and the marks of their roles, and return each one's sum of activations."""
         z = self.contexts.add(windows, z)
         row, position, feature = z.nonzero(as_tuple=True)
         values = z[row, position, feature]
@@ -148,6 +157,8 @@ class _Tally:
         n_bins = self.histogram.shape[1]
         counts = torch.bincount(feature * n_bins + bins, minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
+        if self.roles is not None:
+            self.roles.add(windows, marks, Active(row, position, feature, values, bins))
         sums = torch.bincount(row * z.shape[2] + feature, values.double(), minlength=len(z) * z.shape[2])
         sums = sums.view(len(z), -1)
         self.total += sums.sum(0)
@@ -156,11 +167,14 @@ class _Tally:
     def tensors(self) -> dict[str, Tensor]:
         scores = torch.cat(self.scores) if self.scores else self.total.new_zeros(0, len(self.total)).float()
         contexts = {"tokens": self.contexts.tokens, "values": self.contexts.values, "active": self.contexts.active}
-        return contexts | {"histogram": self.histogram, "total": self.total, "scores": scores}
+        roles = {} if self.roles is None else self.roles.tensors()
+        return contexts | {"histogram": self.histogram, "total": self.total, "scores": scores} | roles
 
     def restore(self, tensors: Mapping[str, Tensor], positions: int) -> None:
         self.contexts = ContextTally(tensors["tokens"], tensors["values"], tensors["active"], positions)
         self.histogram, self.total, self.scores = tensors["histogram"], tensors["total"], [tensors["scores"]]
+        if self.roles is not None:
+            self.roles.restore(tensors)
 
 
 @dataclass
@@ -194,8 +208,9 @@ class _Run:
                     "it or name another folder"
                 )
             for hook, tally in self.tallies.items():
-                keys = ("tokens", "values", "active", "histogram", "total", "scores")
-                tally.restore({key: file.get_tensor(f"{hook}/{key}") for key in keys}, about["positions"])
+                keys = [key for key in file.keys() if key.startswith(f"{hook}/")]  # noqa: SIM118, it is no dict
+                stored = {key.removeprefix(f"{hook}/"): file.get_tensor(key) for key in keys}
+                tally.restore(stored, about["positions"])
         self.n_texts, self.digest, self.labels = about["n_texts"], about["digest"], about["labels"]
 
 
@@ -212,7 +227,9 @@ def _chain(texts: Iterable[_Text], digest: str) -> str:
     return digest
 
 
-def _take_in(model: BilinearTransformer, saes: Mapping[str, "SAE"], run: _Run, texts: Sequence[_Text]) -> None:
+def _take_in(
+    model: BilinearTransformer, saes: Mapping[str, "SAE"], roles: Roles | None, run: _Run, texts: Sequence[_Text]
+) -> None:
     """Run some texts and count."""
     run.n_texts, run.digest = run.n_texts + len(texts), _chain(texts, run.digest)
     if not any(holds_text(model, one.text) for one in texts):
@@ -220,8 +237,10 @@ def _take_in(model: BilinearTransformer, saes: Mapping[str, "SAE"], run: _Run, t
     windows = Windows.of(model, [one.text for one in texts])
     sums = {hook: torch.zeros(len(texts), sae.cfg.d_sae, dtype=torch.float64) for hook, sae in saes.items()}
     for rows, some, found in observed(model, windows, list(saes)):
+        some = some.to("cpu")
+        marks = None if roles is None else roles.of(model, some)
         for hook, sae in saes.items():
-            counted = run.tallies[hook].add(some, sae.encode(found[hook].to(sae.W_dec)))
+            counted = run.tallies[hook].add(some, sae.encode(found[hook].to(sae.W_dec)), marks)
             sums[hook].index_add_(0, windows.text[rows].cpu(), counted)
     text, sizes = windows.text.cpu(), windows.counts.sum(1).cpu()
     lengths = torch.zeros(len(texts), dtype=torch.int64).index_add_(0, text, sizes)
@@ -247,7 +266,8 @@ def _cards(model: BilinearTransformer, sae: "SAE", hook: str, tally: _Tally, run
             auroc_[:, i] = auroc(scores[one], scores[~one])
     about = {"model": run.about["model"], "sae": fingerprint(sae), "data": run.digest, "texts": str(run.n_texts)}
     mean = (tally.total / tally.contexts.active.clamp(min=1)).float()
-    return FeatureCards(hook, contexts, tally.histogram, mean, tokens, effects, auroc_, labels, about, model)
+    scores = None if tally.roles is None else tally.roles.scores(tally.histogram, tally.contexts.positions)
+    return FeatureCards(hook, contexts, tally.histogram, mean, tokens, effects, auroc_, labels, about, model, scores)
 
 
 def _logit_effects(model: BilinearTransformer, sae: "SAE", hook: str) -> tuple[Tensor, Tensor]:

@@ -70,13 +70,24 @@ class Contexts:
         if isinstance(features, int) and len(words) == 1:
             # always the same token: show the words before it, which tell such features apart
             return self.snippet(features, 0, model, before=3, after=0)
+        cue = self.cue(features, 0.7, weights)
+        return " / ".join(words) if cue is None else f"{model.tokenizer.id_to_token(cue)} … {' / '.join(words)}"
+
+    def cue(self, features: int | Sequence[int], share: float, weights: Sequence[float] | None = None) -> int | None:
+        """Return the token that most of the contexts of features have up to three tokens before their peaks, if any.
+
+        Args:
+            features: A feature, or several.
+            share: Of the activation at the strongest positions, more than which must have the token before them.
+            weights: Of the features; equal if `None`, and the sign does not matter.
+        """
         before: dict[int, float] = {}
+        windows = list(self._windows(features, weights))
         for window, weight in windows:
             for token in {*window[self.peak - 3 : self.peak]} - {-1}:
                 before[token] = before.get(token, 0.0) + weight
         shared, total = max(before, key=before.get, default=None), sum(weight for _, weight in windows)
-        cue = shared is not None and before[shared] > 0.7 * total
-        return f"{model.tokenizer.id_to_token(shared)} … {' / '.join(words)}" if cue else " / ".join(words)
+        return shared if shared is not None and before[shared] > share * total else None
 
     def _windows(
         self, features: int | Sequence[int], weights: Sequence[float] | None
