@@ -113,7 +113,7 @@ class FeatureCards:
             self.model,
             self.contexts,
             self.roles,
-            [w for w in self._promoted(feature) if not w.startswith("-")],
+            [w for w in self._promoted(feature) if w.isascii() and w.isalnum()],
         )
 
     def describe(self, feature: int) -> str:
