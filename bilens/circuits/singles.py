@@ -18,8 +18,8 @@ class Singles:
     """The interactions `d_aᵀ Q_o d_b` of single features of two groups, as far as their sign is the one asked for.
 
     `score = sign · d_aᵀ Q_o d_b R / (r_a r_b)` with r the root mean square of a feature's interactions with all
-    others and R that of all, so that features which interact much with everything do not stand out. p is the share of all pairs
-    of different features of the layer, with either sign, that score as high.
+    others and R that of all, so that features which interact much with everything do not stand out. p is the share of
+    all pairs of different features of the layer, with either sign, that score as high.
     """
 
     left: Group
