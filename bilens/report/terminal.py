@@ -18,12 +18,19 @@ from bilens.tensor.interactions import Interactions
 from .parts import rows_of
 
 
+def _named(console: Console, table: Table, names: Sequence[str], number: str, widest: int = 44) -> None:
+    """Give a table columns for names, which share the room that its one number leaves: numbers are never cut."""
+    width = max(len(number), 9)
+    room = (console.width - width - 3 * (len(names) + 1) - 1) // len(names)
+    for name in names:
+        table.add_column(name, max_width=max(4, min(widest, room)), overflow="ellipsis", no_wrap=True)
+    table.add_column(number, justify="right", no_wrap=True, min_width=width)
+
+
 def print_ranking(console: Console, lens: FeatureLayer, strongest: Interactions, n: int = 10) -> None:
     """Print the strongest pairs of the layer."""
     table = _table(f"strongest feature pairs of layer {lens.layer}, from the weights alone")
-    for name in ("input feature", "× input feature", "→ output feature"):
-        table.add_column(name, max_width=34, overflow="ellipsis", no_wrap=True)
-    table.add_column("coefficient", justify="right", no_wrap=True, min_width=11)
+    _named(console, table, ("input feature", "× input feature", "→ output feature"), number="coefficient")
     for o, i, j, value in rows_of(strongest, n):
         names = (lens.name("inp", i), lens.name("inp", j), lens.name("out", o))
         table.add_row(*map(escape, names), f"{value:+.3f}")
@@ -102,9 +109,7 @@ def print_attribution(console: Console, lens: FeatureLayer, found: Attribution, 
     if found.target.kind == "feature":
         target += f" ({lens.name('out', found.target.index)})"
     table = _table(f"{target} at {place} {word!r}, layer {found.layer}: pairs that add or take away most")
-    for name in ("input feature", "× input feature"):
-        table.add_column(name, max_width=44, overflow="ellipsis", no_wrap=True)
-    table.add_column("adds", justify="right")
+    _named(console, table, ("input feature", "× input feature"), number="adds")
     for term in found.top(k):
         table.add_row(*map(escape, term.labels), f"{term.value:+.4f}")
     console.print(table)
