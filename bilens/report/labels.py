@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 _LETTER, _LINE = 0.6, 1.4  # width of a letter and height of a line, of the size of the font
 _DISTANCES, _ANGLES = (8, 18, 30, 44, 60, 80, 105, 135, 170), 16
-_MARKER = 5  # radius of a marker with what is left around it
+_MARKER = 5.0  # radius of a marker with what is left around it
 _STEPS = 8  # points of a leader line that are looked at
 
 
@@ -84,4 +84,4 @@ def _leader(point: tuple[float, float], at: tuple[float, float]) -> list[Box]:
     """Return small boxes along the line from a point to its label's middle."""
     shares = [step / (_STEPS + 1) for step in range(2, _STEPS + 1)]
     between = [tuple(p + share * (q - p) for p, q in zip(point, at, strict=True)) for share in shares]
-    return [Box.around(x, y, 2, 2) for x, y in between]
+    return [Box.around(x, y, 2.0, 2.0) for x, y in between]

@@ -113,13 +113,13 @@ def cosine_plane(
     return _named(figure, points, [short(label) for label in labels[:n_labels]], limit)
 
 
-def _named(figure: go.Figure, points: Tensor, labels: Sequence[str], limit: float, font: int = 11) -> go.Figure:
+def _named(figure: go.Figure, points: Tensor, labels: Sequence[str], limit: float, font: float = 11.0) -> go.Figure:
     """Write the names of the first points beside them, each with a line to its point."""
     layout = figure.layout
     width = layout.width - layout.margin.l - layout.margin.r
     height = layout.height - layout.margin.t - layout.margin.b
     at = [((x / limit + 1) * width / 2, (1 - y / limit) * height / 2) for x, y in points.tolist()]
-    places = place(at, [size(label, font) for label in labels], Box(0, 0, width, height))
+    places = place(at, [size(label, font) for label in labels], Box(0.0, 0.0, float(width), float(height)))
     for (x, y), (px, py), label, found in zip(points.tolist(), at, labels, places, strict=False):
         if found is not None:
             line = {"arrowhead": 0, "arrowwidth": 1, "arrowcolor": NEUTRAL, "standoff": 4}
