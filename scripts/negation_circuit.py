@@ -11,7 +11,7 @@ serve.
 import argparse
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -114,11 +114,11 @@ def quantiles(values: Sequence[float]) -> str:
 # -- sections ---------------------------------------------------------------------------------------------------------
 
 
-def behaviour_section(found: negating.Negation) -> str:
+def behaviour_section(told: verdict.Behaviour, readout: Readout) -> str:
     """Show the verdicts on a few sentences."""
-    rows = [(row["statement"], f"{row['log_odds']:+.2f}", row["word"]) for row in found.behaviour.to_dict()]
-    good, bad = (", ".join(words) for words in (found.readout.good, found.readout.bad))
-    said = f"Log-odds of {good} over {bad} after `{found.readout.prompt}`"
+    rows = [(row["statement"], f"{row['log_odds']:+.2f}", row["word"]) for row in told.to_dict()]
+    good, bad = (", ".join(words) for words in (readout.good, readout.bad))
+    said = f"Log-odds of {good} over {bad} after `{readout.prompt}`"
     return f"## What the model does\n\n{said}:\n\n" + table(("statement", "log-odds", "likeliest word"), rows)
 
 
@@ -378,49 +378,45 @@ def attribution_section(lenses: dict[int, FeatureLayer], search: negating.Negati
 # -- all of it --------------------------------------------------------------------------------------------------------
 
 
-def report(args: argparse.Namespace) -> str:
-    """Search, test and write."""
+def sections(args: argparse.Namespace) -> Iterator[str]:
+    """Search and test, a section at a time."""
     begin = time.time()
     model, readout = bilens.load(args.model), Readout.of(args.model)
     lenses = {n: FeatureLayer.load(model, n, args.saes) for n in args.layers or range(model.cfg.n_layers)}
     choose, test = halves(opinion_pairs(args.opinions) if args.opinions else minimal_pairs())
     choose, test = some_of(choose, args.pairs, args.seed), some_of(test, args.pairs, args.seed)
+    yield (
+        f"# The negation circuit of {args.model}\n\nBy `scripts/negation_circuit.py`, seed {args.seed}: features chosen "
+        f"on {len(choose)} minimal pairs, tested on {len(test)} of other words and frames."
+    )
+    yield behaviour_section(verdict.behaviour(model, readout=readout), readout)
     generator = torch.Generator().manual_seed(args.seed)
     search = negating.search_negation(lenses, choose, generator=generator, readout=readout)
+    yield search_section(search)
+    yield spectrum_section(lenses, test, search, args.seed, readout)
+    yield attribution_section(lenses, search, readout)
     tested = turning.flip_test(
         lenses, search.candidates, test, generator=generator, readout=readout, n_controls=args.controls
     )
-    found = negating.Negation(readout, verdict.behaviour(model, readout=readout), search, tested)
-    sections = [
-        f"# The negation circuit of {args.model}\n\nBy `scripts/negation_circuit.py`, seed {args.seed}: features "
-        f"chosen on {len(choose)} minimal pairs, tested on {len(test)} of other words and frames.",
-        behaviour_section(found),
-        search_section(search),
-        flips_section(tested),
-        layers_section(lenses, tested, test, readout),
-    ]
+    yield flips_section(tested)
+    yield layers_section(lenses, tested, test, readout)
+    yield steering_section(lenses, tested, test, args.directions, args.seed, readout)
     if args.rated:
-        sections.append(rated_section(lenses, tested, args.rated, args.holdout[0], readout))
+        yield rated_section(lenses, tested, args.rated, args.holdout[0], readout)
     if args.reviews:
         held = [text for text in read_columns(args.reviews, "text")[0] if is_held_out(text, args.holdout[1])]
-        sections.append(reviews_section(lenses, search, held[:200], args))
-    sections += [
-        steering_section(lenses, tested, test, args.directions, args.seed, readout),
-        spectrum_section(lenses, test, search, args.seed, readout),
-        attribution_section(lenses, search, readout),
-        f"{time.time() - begin:.0f} s.",
-    ]
-    return "\n\n".join(sections) + "\n"
+        yield reviews_section(lenses, search, held[:200], args)
+    yield f"{time.time() - begin:.0f} s on {torch.get_num_threads()} threads."
 
 
-def main() -> None:
-    """Write the report, or print it."""
-    args = parse_args()
-    text = report(args)
+def main(arguments: list[str] | None = None) -> None:
+    """Write the report, and print it as it grows."""
+    args, written = parse_args(arguments), []
+    for section in sections(args):
+        print(section, flush=True)
+        written.append(section)
     if args.out:
-        args.out.write_text(text)
-    else:
-        print(text)
+        args.out.write_text("\n\n".join(written) + "\n")
 
 
 if __name__ == "__main__":

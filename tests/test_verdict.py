@@ -76,9 +76,9 @@ def test_the_direction_is_good_less_bad_through_the_final_gain(make_model):
 
 def test_the_readout_comes_from_the_models_card(tmp_path):
     assert Readout.of(tmp_path) == Readout()
-    said = {"prompt": " is it ?", "good": ["yes"], "bad": ["no", "never"]}
+    said = {"prompt": " is it ?", "words": ["yes", "rather", "so", "no", "never"]}
     (tmp_path / "training.json").write_text(json.dumps({"readout": said}))
-    assert Readout.of(tmp_path) == Readout(" is it ?", ("yes",), ("no", "never"))
+    assert Readout.of(tmp_path) == Readout(" is it ?", ("yes", "rather"), ("no", "never"))
     with pytest.raises(ValueError, match="bad must not be empty"):
         Readout(bad=())
 

@@ -47,16 +47,21 @@ class Readout:
 
     @classmethod
     def of(cls, name: str | Path = "bilens-mini") -> "Readout":
-        """Return the readout that a model's `training.json` names (`{"readout": {"prompt", "good", "bad"}}`).
+        """Return the readout that a model's `training.json` names, `{"readout": {"prompt": ..., "words": [...]}}`.
 
-        A model that names none has the standard one.
+        The words go from best to worst: those before the middle are good, those after it bad. A model that names no
+        readout has the standard one.
 
         Args:
             name: As for `bilens.load`.
         """
         path = Source.find(name, None).optional("training.json")
         said = json.loads(path.read_text()).get("readout") if path else None
-        return cls(said["prompt"], tuple(said["good"]), tuple(said["bad"])) if said else cls()
+        if said is None:
+            return cls()
+        words = said["words"]
+        half = len(words) // 2
+        return cls(said["prompt"], tuple(words[:half]), tuple(words[-half:]))
 
     def ids(self, model: BilinearTransformer) -> tuple[list[int], list[int]]:
         """Return the ids of the good and of the bad words.
