@@ -386,8 +386,8 @@ def sections(args: argparse.Namespace) -> Iterator[str]:
     choose, test = halves(opinion_pairs(args.opinions) if args.opinions else minimal_pairs())
     choose, test = some_of(choose, args.pairs, args.seed), some_of(test, args.pairs, args.seed)
     yield (
-        f"# The negation circuit of {args.model}\n\nBy `scripts/negation_circuit.py`, seed {args.seed}: features chosen "
-        f"on {len(choose)} minimal pairs, tested on {len(test)} of other words and frames."
+        f"# The negation circuit of {args.model}\n\nBy `scripts/negation_circuit.py`, seed {args.seed}: features "
+        f"chosen on {len(choose)} minimal pairs, tested on {len(test)} of other words and frames."
     )
     yield behaviour_section(verdict.behaviour(model, readout=readout), readout)
     generator = torch.Generator().manual_seed(args.seed)
