@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 from bag_of_words import has_negator, read_columns
-from make_verdicts import rated_rows
+from make_verdicts import rated_rows, read_reviews, review_rows
 from torch import Tensor
-from train_language import is_held_out
 
 import bilens
 from bilens.circuits import FeatureLayer, Readout, candidates, couplings, negating, turning, verdict
@@ -226,31 +225,48 @@ def rated_section(
 
 
 def reviews_section(
-    lenses: dict[int, FeatureLayer], search: negating.NegationSearch, texts: list[str], args: argparse.Namespace
+    lenses: dict[int, FeatureLayer],
+    search: negating.NegationSearch,
+    texts: dict[str, list[str]],
+    args: argparse.Namespace,
 ) -> str:
-    """Show what removing the products does on natural text, beside controls."""
+    """Show what removing the products of the significant groups does on natural text, beside controls."""
     rows, generator = [], torch.Generator().manual_seed(args.seed)
     for one in search.groups:
-        if one.q >= 0.01:
-            continue
-        options = {"generator": generator, "n_controls": 100, "max_windows": args.windows}
-        found = couplings.test_coupling(lenses[one.coupling.layer], one.coupling, texts, **options)
-        equal, raw = found.percentile_rescaled, found.percentile
-        effect = {name: value[0].item() for name, value in found.effect._asdict().items()}
-        rows.append(
-            (
-                one.coupling.layer,
-                one.place,
-                len(found.measured),
-                f"{found.correlation:.3f}",
-                *tuple(f"{effect[n]:+.2g} ({raw[n]:.1f} / {equal[n]:.1f})" for n in ("kl", "logits", "loss")),
-            )
-        )
-    head = ("layer", "groups of the", "positions", "r predicted, measured", "KL", "logits", "loss")
+        for name, some in texts.items():
+            if one.q < 0.01:
+                rows.append(review_row(lenses[one.coupling.layer], one, name, some, args.windows, generator))
+    head = ("layer", "groups of the", "reviews", "positions", "r predicted, measured", "KL", "logits", "loss")
     about = (
-        "In brackets the percentile among 100 random groups in place of the negators, as they are / at equal strength."
+        "Groups with q < 0.01, their products taken out where both are active. In brackets the percentile among 100 "
+        "groups in place of the negators, as they are / at equal strength."
     )
     return f"## Natural reviews\n\n{about}\n\n{table(head, rows)}"
+
+
+def review_row(
+    lens: FeatureLayer, one: negating.GroupCoupling, name: str, texts: list[str], n: int, generator: torch.Generator
+) -> list[object]:
+    """Test the groups of one layer and place on some texts."""
+    start = [one.coupling.layer, one.place, name]
+    try:
+        found = couplings.test_coupling(lens, one.coupling, texts, generator=generator, n_controls=100, max_windows=n)
+    except ValueError as error:  # the groups may never be active together there
+        return [*start, error, "", "", "", ""]
+    equal, raw = found.percentile_rescaled, found.percentile
+    effect = {name: value[0].item() for name, value in found.effect._asdict().items()}
+    measured = (f"{effect[kind]:+.2g} ({raw[kind]:.1f} / {equal[kind]:.1f})" for kind in ("kl", "logits", "loss"))
+    return [*start, len(found.measured), f"{found.correlation:.3f}", *measured]
+
+
+def held_out_reviews(path: Path, model: bilens.BilinearTransformer, fraction: float, seed: int) -> dict[str, list[str]]:
+    """Return held-out reviews as they are, and the ends of those with a mark, with their verdict."""
+    reviews = [review for review in read_reviews(path, fraction) if review.split == "held-out"]
+    ends = review_rows(reviews, model.tokenizer, 120, random.Random(seed))
+    return {
+        "as they are": [review.text for review in reviews[:150]],
+        "ends and verdicts": [row["text"] for row in ends],
+    }
 
 
 @torch.no_grad()
@@ -404,9 +420,9 @@ def sections(args: argparse.Namespace) -> Iterator[str]:
     if args.rated:
         yield rated_section(lenses, tested, args.rated, args.holdout[0], readout)
     if args.reviews:
-        held = [text for text in read_columns(args.reviews, "text")[0] if is_held_out(text, args.holdout[1])]
-        yield reviews_section(lenses, search, held[:200], args)
-    yield f"{time.time() - begin:.0f} s on {torch.get_num_threads()} threads."
+        texts = held_out_reviews(args.reviews, model, args.holdout[1], args.seed)
+        yield reviews_section(lenses, search, texts, args)
+    yield f"{time.time() - begin:.0f} s, {torch.get_num_threads()} threads."
 
 
 def main(arguments: list[str] | None = None) -> None:
