@@ -105,7 +105,11 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     with console.status("loading the model ..."):
         import torch
 
+        from bilens.circuits.places import check_layer
+
         model = load_bilinear(args.model)
+        if args.layer is not None:
+            check_layer(model, args.layer)
         readout = ask(args, console, model)
     with console.status("loading the SAEs ..."):
         import bilens

@@ -86,7 +86,7 @@ def strongest_features(M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], m: 
         across, down = largest[:, start : start + step], largest[:, start:]
         torch.maximum(across, S.amax(2), out=across)
         torch.maximum(down, S.amax(1), out=down)
-    features = largest.topk(m, dim=1).indices
+    features = largest.argsort(dim=1, descending=True, stable=True)[:, :m]  # the two of a pair tie: by index
     image = (D.T @ D) @ M
     cross = ((image * image.mT).sum((1, 2)) - own.pow(2).sum(1)) / (n * (n - 1))
     unit = 2 * cross.clamp(min=0).sqrt().clamp(min=torch.finfo(D.dtype).tiny)
