@@ -238,7 +238,7 @@ def test_controls_are_as_many_other_features_and_can_be_as_strong(lenses, pairs)
 
 def test_the_search_and_the_test_together(make_model, pairs):
     lenses = layers_of(make_model(), 400)
-    options = {"readout": READOUT, "generator": generator(), "n_controls": 3, "n_null": 50}
+    options = {"readout": READOUT, "generator": generator(), "n_controls": 3, "n_null": 50, "tells": 0.1}
     found = negating.negation(lenses, pairs, sentences=["the big dog", "a mat"], **options)
     assert found.search.n_tested >= len(found.search.pairs) > 0
     assert [one.p for one in found.search.pairs] == sorted(one.p for one in found.search.pairs)

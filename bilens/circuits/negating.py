@@ -118,6 +118,7 @@ class Negation:
         return plain({"readout": about} | parts | {"test": None if self.test is None else self.test.to_dict()})
 
 
+# eight parameters: what is asked of what, how features are chosen, and against how many draws
 def negation(
     lenses: Mapping[int, FeatureLayer],
     pairs: Sequence[MinimalPair] | None = None,
@@ -125,6 +126,7 @@ def negation(
     generator: torch.Generator,
     readout: Readout = STANDARD,
     sentences: Sequence[str] = SENTENCES,
+    tells: float | None = None,
     n_controls: int = 5,
     n_null: int = 2000,
 ) -> Negation:
@@ -139,6 +141,7 @@ def negation(
         generator: Source of the null models and controls.
         readout: How the model is asked.
         sentences: Statements for the table of behaviour.
+        tells: What makes a candidate, as for `candidates`.
         n_controls: Random edits beside the circuit's.
         n_null: Draws of each null model of the groups.
 
@@ -148,7 +151,7 @@ def negation(
     model = _model(lenses)
     choose, test = halves(minimal_pairs() if pairs is None else pairs)
     told = behaviour(model, sentences, readout)
-    found = search_negation(lenses, choose, generator=generator, readout=readout, n_null=n_null)
+    found = search_negation(lenses, choose, generator=generator, readout=readout, tells=tells, n_null=n_null)
     options = {"readout": readout, "generator": generator, "n_controls": n_controls}
     tested = flip_test(lenses, found.candidates, test, **options) if any(found.candidates) else None
     return Negation(readout, told, found, tested)
@@ -161,12 +164,14 @@ def _model(lenses: Mapping[int, FeatureLayer]) -> BilinearTransformer:
     return next(iter(models.values()))
 
 
+# eight parameters, as above
 def search_negation(
     lenses: Mapping[int, FeatureLayer],
     pairs: Sequence[MinimalPair],
     *,
     generator: torch.Generator,
     readout: Readout = STANDARD,
+    tells: float | None = None,
     n_null: int = 10_000,
     n_singles: int = 16,
     n_shown: int = 12,
@@ -185,12 +190,13 @@ def search_negation(
         pairs: Minimal pairs, from which the candidates are chosen.
         generator: Source of the null models of the groups.
         readout: How the model is asked.
+        tells: What makes a candidate, as for `candidates`.
         n_null: Draws of each null model of the groups.
         n_singles: Negators, and sentiment features, of each layer and place that are tested one by one.
         n_shown: Single pairs that are kept.
     """
     model = _model(lenses)
-    chosen = candidates(lenses, pairs, readout)
+    chosen = candidates(lenses, pairs, readout, tells=tells)
     directions = verdict_gradients(lenses, ask_pairs(model, pairs, readout), readout)
     alone, together = [], []
     for one in filter(bool, chosen):
