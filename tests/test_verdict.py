@@ -255,7 +255,7 @@ def test_the_direct_path_predicts_the_last_layers_share(lenses, pairs):
     """With products of the last layer alone, before the final norm the change of the residual is the prediction."""
     model = lenses[1].model
     asked = verdict.ask_pairs(model, pairs, READOUT)
-    products = [turning.Products(1, "readout", tuple(range(20)), tuple(range(20, 60)))]
+    products = [turning.Products(1, "readout", tuple(range(0, 40, 2)), tuple(range(1, 40, 2)))]
     seen = candidates.Seen.of(lenses, asked)
     found = turning.predicted_change(lenses, products, seen, READOUT)
     direction = verdict.verdict_direction(model, READOUT)
