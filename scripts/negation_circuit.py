@@ -20,7 +20,7 @@ from make_verdicts import rated_rows, read_reviews, review_rows
 from torch import Tensor
 
 import bilens
-from bilens.circuits import FeatureLayer, Readout, candidates, couplings, negating, turning, verdict
+from bilens.circuits import FeatureLayer, Readout, candidates, couplings, edits, negating, turning, verdict
 from bilens.circuits.lowrank import LowRank, Predictions, low_rank
 from bilens.circuits.statements import MinimalPair, halves, minimal_pairs
 from bilens.circuits.steering import unit_directions
@@ -129,9 +129,10 @@ def search_section(found: negating.NegationSearch) -> str:
             one.place,
             f"{one.left} {one.names[0]} × {one.right} {one.names[1]}",
             one.output,
-            f"{one.score:+.2f}",
+            f"{one.value:+.3f}",
             f"{one.p:.2g}",
             f"{one.q:.2g}",
+            f"{one.q_own:.2g}",
         )
         for one in found.pairs
     ]
@@ -148,10 +149,11 @@ def search_section(found: negating.NegationSearch) -> str:
         for one in found.groups
     ]
     held = "hold it" if found.by_singles else "do not hold it"
-    head = ("layer", "place", "pair", "output", "score", "p", "q")
+    head = ("layer", "place", "pair", "output", "interaction", "p", "q", "q, own size out")
     return (
         f"## The search\n\nSingle features {held}: of {found.n_tested} single pairs × outputs in all layers and "
-        f"places, {found.n_found} have q < 0.01. The strongest:\n\n{table(head, single)}\n\nGroups, on the verdict (a "
+        f"places, {found.n_found} have q < 0.01 among all pairs of the layer, {found.n_found_own} with each feature's "
+        f"own size taken out. The strongest:\n\n{table(head, single)}\n\nGroups, on the verdict (a "
         f"negative z flips):\n\n{table(('layer', 'place', 'features', 'names', 'z', 'p', 'q'), groups)}"
     )
 
@@ -271,56 +273,53 @@ def held_out_reviews(path: Path, model: bilens.BilinearTransformer, fraction: fl
 
 @torch.no_grad()
 def steering_section(
-    lenses: dict[int, FeatureLayer],
-    test: turning.FlipTest,
-    pairs: list[MinimalPair],
-    n: int,
-    seed: int,
-    readout: Readout,
+    lenses: dict[int, FeatureLayer], test: turning.FlipTest, pairs: list[MinimalPair], args: argparse.Namespace
 ) -> str:
-    """Add the mean product of negators and good sentiment to plain good statements, beside random directions."""
-    model, rows, good = next(iter(lenses.values())).model, [], [pair for pair in pairs if pair.polarity > 0][:48]
-    asked = verdict.Asked.of(model, [pair.plain for pair in good], readout)
-    seen = candidates.Seen.of(lenses, verdict.Asked.of(model, [pair.negated for pair in good], readout))
-    tokens, mask, last = asked.windows.tokens, asked.windows.attend, (torch.arange(len(asked)), asked.last)
+    """Add the mean product of negators and sentiment to plain statements of the same polarity, beside random ones."""
+    rows = []
     for one in test.products:
-        if one.place != "readout":
-            continue
-        lens = lenses[one.layer]
-        z = lens.codes(seen.x[one.layer][seen.at["readout"]])
-        along = turning.product(lens, z, one.left, one.right).mean(0)
-        if not along.any():
-            continue
-        resid = model(tokens, attention_mask=mask, stop_at_layer=one.layer + 1)
-        last_layer = one.layer + 1 == model.cfg.n_layers
+        if one.place == "readout":
+            for polarity, name in ((1, "good"), (-1, "bad")):
+                some = [pair for pair in pairs if pair.polarity == polarity][:32]
+                moved = steer(lenses[one.layer], one, some, args)
+                rows += [(one.layer, f"not × {name}", len(some), *moved)] if moved else []
+    head = ("layer", "product", "plain statements", "norm", "log-odds", "moved by")
+    head += (f"{args.directions} random: median, largest", "moved less")
+    return f"## Steering at the readout\n\n{table(head, rows)}"
 
-        def moved(
-            change: Tensor, resid: Tensor = resid, layer: int = one.layer, last_layer: bool = last_layer
-        ) -> float:
-            after = resid.clone()
-            after[last] += change.to(after)
-            if not last_layer:
-                span = {"start_at_layer": layer + 1, "stop_at_layer": model.cfg.n_layers}
-                after = model(after, attention_mask=mask, **span)
-            return verdict.log_odds(model, model.unembed(model.ln_final(after[last])), readout).mean().item()
 
-        before, circuit = moved(torch.zeros_like(along)), moved(along)
-        random_ones = unit_directions(n, len(along), torch.Generator().manual_seed(seed)).to(along) * along.norm()
-        others = torch.tensor([moved(direction) for direction in random_ones]) - before
-        beaten = (others.abs() < abs(circuit - before)).double().mean().item()
-        rows.append(
-            (
-                one.layer,
-                len(good),
-                f"{along.norm():.2f}",
-                f"{before:+.2f}",
-                f"{circuit - before:+.2f}",
-                f"{others.abs().median():.2f}, {others.abs().max():.2f}",
-                percent(beaten),
-            )
-        )
-    head = ("layer", "statements", "norm", "log-odds", "moved by", f"{n} random: median, largest", "of them moved less")
-    return f"## Steering: not × good, added to plain good statements at the readout\n\n{table(head, rows)}"
+def steer(
+    lens: FeatureLayer, one: turning.Products, pairs: list[MinimalPair], args: argparse.Namespace
+) -> list[object] | None:
+    """Return what the mean product of a layer, from negated statements, does to the plain ones; None if it is zero."""
+    model, readout = lens.model, Readout.of(args.model)
+    seen = candidates.Seen.of({one.layer: lens}, verdict.Asked.of(model, [pair.negated for pair in pairs], readout))
+    along = edits.product(lens, lens.codes(seen.x[one.layer][seen.at["readout"]]), one.left, one.right).mean(0)
+    if not along.any():
+        return None
+    asked = verdict.Asked.of(model, [pair.plain for pair in pairs], readout)
+    mask, last = asked.windows.attend, (torch.arange(len(asked)), asked.last)
+    resid = model(asked.windows.tokens, attention_mask=mask, stop_at_layer=one.layer + 1)
+
+    def odds(change: Tensor) -> float:
+        after = resid.clone()
+        after[last] += change.to(after)
+        if one.layer + 1 < model.cfg.n_layers:
+            span = {"start_at_layer": one.layer + 1, "stop_at_layer": model.cfg.n_layers}
+            after = model(after, attention_mask=mask, **span)
+        return verdict.log_odds(model, model.unembed(model.ln_final(after[last])), readout).mean().item()
+
+    before, moved = odds(torch.zeros_like(along)), odds(along)
+    others = unit_directions(args.directions, len(along), torch.Generator().manual_seed(args.seed)).to(along)
+    far = (torch.tensor([odds(other * along.norm()) for other in others]) - before).abs()
+    less = percent((far < abs(moved - before)).double().mean().item())
+    return [
+        f"{along.norm():.2f}",
+        f"{before:+.2f}",
+        f"{moved - before:+.2f}",
+        f"{far.median():.2f}, {far.max():.2f}",
+        less,
+    ]
 
 
 @torch.no_grad()
@@ -416,7 +415,7 @@ def sections(args: argparse.Namespace) -> Iterator[str]:
     )
     yield flips_section(tested)
     yield layers_section(lenses, tested, test, readout)
-    yield steering_section(lenses, tested, test, args.directions, args.seed, readout)
+    yield steering_section(lenses, tested, test, args)
     if args.rated:
         yield rated_section(lenses, tested, args.rated, args.holdout[0], readout)
     if args.reviews:

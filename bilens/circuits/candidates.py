@@ -68,7 +68,7 @@ def candidates(
     pairs: Sequence[MinimalPair],
     readout: Readout = STANDARD,
     *,
-    tells: float = 0.1,
+    tells: float | None = None,
     most: int = 64,
     carriers: int = 4,
 ) -> list[Candidates]:
@@ -83,13 +83,15 @@ def candidates(
         lenses: Layers of one model.
         pairs: The minimal pairs.
         readout: What follows the statements.
-        tells: Least `|AUROC - ½|`.
+        tells: Least `|AUROC - ½|`; if `None`, 2.5 standard errors of a feature that tells nothing, at least 0.1.
         most: At most so many of each kind, the strongest.
         carriers: How many output features.
     """
     seen = Seen.of(lenses, ask_pairs(next(iter(lenses.values())).model, pairs, readout))
     good = torch.tensor([pair.polarity > 0 for pair in pairs] * 2, device=seen.statement.device)
     negated = torch.arange(2 * len(pairs), device=good.device) >= len(pairs)
+    least = min(sum(pair.polarity == one for pair in pairs) for one in (1, -1))
+    tells = max(0.1, 2.5 * ((2 * least + 1) / (12 * least**2)) ** 0.5) if tells is None else tells
     found = []
     for layer, lens in lenses.items():
         for place in PLACES:

@@ -44,9 +44,9 @@ class Single:
     names: tuple[str, str]
     output: str
     value: float
-    score: float
     p: float
     q: float
+    q_own: float  # with each feature's own size taken out
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,7 @@ class NegationSearch:
     pairs: tuple[Single, ...]  # the strongest, most significant first
     n_tested: int  # single pairs × outputs
     n_found: int  # of them at q < 0.01
+    n_found_own: int  # the same with each feature's own size taken out
 
     @property
     def by_singles(self) -> bool:
@@ -88,7 +89,12 @@ class NegationSearch:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the candidates that make no groups."""
-        about = {"tested": self.n_tested, "found": self.n_found, "by_singles": self.by_singles}
+        about = {
+            "tested": self.n_tested,
+            "found": self.n_found,
+            "found_own": self.n_found_own,
+            "by_singles": self.by_singles,
+        }
         pairs = [vars(one) for one in self.pairs]
         return plain(about | {"pairs": pairs, "groups": [one.to_dict() for one in self.groups]})
 
@@ -112,6 +118,7 @@ class Negation:
         return plain({"readout": about} | parts | {"test": None if self.test is None else self.test.to_dict()})
 
 
+# eight parameters: what is asked of what, how features are chosen, and against how many draws
 def negation(
     lenses: Mapping[int, FeatureLayer],
     pairs: Sequence[MinimalPair] | None = None,
@@ -119,6 +126,7 @@ def negation(
     generator: torch.Generator,
     readout: Readout = STANDARD,
     sentences: Sequence[str] = SENTENCES,
+    tells: float | None = None,
     n_controls: int = 5,
     n_null: int = 2000,
 ) -> Negation:
@@ -133,6 +141,7 @@ def negation(
         generator: Source of the null models and controls.
         readout: How the model is asked.
         sentences: Statements for the table of behaviour.
+        tells: What makes a candidate, as for `candidates`.
         n_controls: Random edits beside the circuit's.
         n_null: Draws of each null model of the groups.
 
@@ -142,7 +151,7 @@ def negation(
     model = _model(lenses)
     choose, test = halves(minimal_pairs() if pairs is None else pairs)
     told = behaviour(model, sentences, readout)
-    found = search_negation(lenses, choose, generator=generator, readout=readout, n_null=n_null)
+    found = search_negation(lenses, choose, generator=generator, readout=readout, tells=tells, n_null=n_null)
     options = {"readout": readout, "generator": generator, "n_controls": n_controls}
     tested = flip_test(lenses, found.candidates, test, **options) if any(found.candidates) else None
     return Negation(readout, told, found, tested)
@@ -155,12 +164,14 @@ def _model(lenses: Mapping[int, FeatureLayer]) -> BilinearTransformer:
     return next(iter(models.values()))
 
 
+# eight parameters, as above
 def search_negation(
     lenses: Mapping[int, FeatureLayer],
     pairs: Sequence[MinimalPair],
     *,
     generator: torch.Generator,
     readout: Readout = STANDARD,
+    tells: float | None = None,
     n_null: int = 10_000,
     n_singles: int = 16,
     n_shown: int = 12,
@@ -179,12 +190,13 @@ def search_negation(
         pairs: Minimal pairs, from which the candidates are chosen.
         generator: Source of the null models of the groups.
         readout: How the model is asked.
+        tells: What makes a candidate, as for `candidates`.
         n_null: Draws of each null model of the groups.
         n_singles: Negators, and sentiment features, of each layer and place that are tested one by one.
         n_shown: Single pairs that are kept.
     """
     model = _model(lenses)
-    chosen = candidates(lenses, pairs, readout)
+    chosen = candidates(lenses, pairs, readout, tells=tells)
     directions = verdict_gradients(lenses, ask_pairs(model, pairs, readout), readout)
     alone, together = [], []
     for one in filter(bool, chosen):
@@ -216,12 +228,12 @@ def _carriers(lens: FeatureLayer, one: Candidates) -> dict[str, Float[Tensor, " 
 
 def _rank(
     lenses: Mapping[int, FeatureLayer], alone: Sequence[tuple[Candidates, Singles]], n_shown: int
-) -> tuple[tuple[Single, ...], int, int]:
-    """Return the most significant single pairs, how many were tested, and how many have q < 0.01."""
+) -> tuple[tuple[Single, ...], int, int, int]:
+    """Return the most significant single pairs, how many were tested, and how many have q < 0.01, by p and `p_own`."""
     if not alone:
-        return (), 0, 0
+        return (), 0, 0, 0
     p = torch.cat([one.p.flatten() for _, one in alone])
-    q = q_values(p)
+    q, q_own = q_values(p), q_values(torch.cat([one.p_own.flatten() for _, one in alone]))
     shown, sizes = [], [one.p.numel() for _, one in alone]
     starts = torch.tensor([0, *sizes]).cumsum(0)
     for index in p.argsort(stable=True)[:n_shown].tolist():
@@ -230,9 +242,9 @@ def _rank(
         a, b, o = (int(i) for i in torch.unravel_index(torch.tensor(index - int(starts[which])), found.p.shape))
         left, right = found.left.features[a].item(), found.right.features[b].item()
         names = tuple(lenses[one.layer].name("inp", feature) for feature in (left, right))
-        numbers = (found.value[a, b, o].item(), found.score[a, b, o].item(), p[index].item(), q[index].item())
+        numbers = (found.value[a, b, o].item(), *(some[index].item() for some in (p, q, q_own)))
         shown.append(Single(one.layer, one.place, left, right, names, found.outputs[o], *numbers))
-    return tuple(shown), len(p), int((q < 0.01).sum())
+    return tuple(shown), len(p), *(int((some < 0.01).sum()) for some in (q, q_own))
 
 
 def _groups(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,30 +9,24 @@ from torch import Tensor
 
 from .groups import Group
 from .layer import FeatureLayer
-from .records import plain
 
 
 @dataclass(frozen=True, eq=False)
 class Singles:
     """The interactions `d_aᵀ Q_o d_b` of single features of two groups, as far as their sign is the one asked for.
 
-    `score = sign · d_aᵀ Q_o d_b R / (r_a r_b)` with r the root mean square of a feature's interactions with all
-    others and R that of all, so that features which interact much with everything do not stand out. p is the share of
-    all pairs of different features of the layer, with either sign, that score as high.
+    p is the share of all pairs of different features of the layer, with either sign, whose interaction is as large. So
+    a feature that interacts much with everything stands out too; `p_own` leaves that out: the same share for
+    `d_aᵀ Q_o d_b / (r_a r_b)` with r the root mean square of a feature's interactions with all others.
     """
 
     left: Group
     right: Group
     outputs: tuple[str, ...]
     value: Float[Tensor, "left right out"]
-    score: Float[Tensor, "left right out"]
     p: Float[Tensor, "left right out"]  # one-sided
+    p_own: Float[Tensor, "left right out"]
     n_null: int  # pairs compared with, for each output
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what was compared, without the numbers of every pair."""
-        shape = list(self.p.shape)
-        return plain({"tested": self.p.numel(), "shape": shape, "null": self.n_null, "least_p": self.p.min()})
 
 
 @torch.no_grad()
@@ -57,19 +50,21 @@ def singles(
     B, D = lens.tensor.without_constant(), lens.writers
     n, off = len(D), ~torch.eye(len(D), dtype=torch.bool, device=D.device)
     wanted = sign * right.weights.sign().to(D)
-    values, scores, ps = [], [], []
+    found = []
     for direction in outputs.values():
         Q = D @ B.matrix(direction.to(D)) @ D.T
-        own = (Q.pow(2).sum(1) - Q.diagonal().pow(2)).div(n - 1).sqrt()
-        size = own.pow(2).mean().sqrt()
-        all_scores = Q * size / (own[:, None] * own).clamp(min=torch.finfo(D.dtype).tiny)
-        null = all_scores[off].abs().sort().values
-        value = Q[left.features][:, right.features]
-        score = all_scores[left.features][:, right.features] * wanted
-        above = (len(null) - torch.searchsorted(null, score.abs().contiguous())).double()
-        half = (1 + above) / (1 + len(null)) / 2  # either sign is as likely
-        values.append(value)
-        scores.append(score)
-        ps.append(torch.where(score > 0, half, 1 - half))
-    stacked = (torch.stack(some, -1) for some in (values, scores, ps))
-    return Singles(left, right, tuple(outputs), *stacked, n * (n - 1))
+        own = (Q.pow(2).sum(1) - Q.diagonal().pow(2)).div(n - 1).sqrt().clamp(min=torch.finfo(D.dtype).tiny)
+        tables = (Q, Q / own / own[:, None])
+        found.append((Q[left.features][:, right.features], *(_share(one, off, left, right, wanted) for one in tables)))
+    return Singles(
+        left, right, tuple(outputs), *(torch.stack(some, -1) for some in zip(*found, strict=True)), n * (n - 1)
+    )
+
+
+def _share(Q: Tensor, off: Tensor, left: Group, right: Group, wanted: Tensor) -> Float[Tensor, "left right"]:
+    """Return the share of all entries off the diagonal, with either sign, that are as large with the wanted sign."""
+    null = Q[off].abs().sort().values
+    value = Q[left.features][:, right.features] * wanted
+    above = len(null) - torch.searchsorted(null, value.abs().contiguous())
+    half = (1 + above).double() / (1 + len(null)) / 2  # either sign is as likely
+    return torch.where(value > 0, half, 1 - half)
