@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from bilens.models.mlp import ACTIVATIONS
 from bilens.models.schedules import SCHEDULES, alpha_at, exponential
 from bilens.tensor.polynomials import check_quadratic
 
-ACTS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 GATED = {"mlp": "gated", "act": "silu"}
 
 
@@ -264,7 +265,7 @@ def test_a_model_that_is_not_gated_is_refused(make_model):
 
 
 def test_an_activation_without_a_path_is_refused(make_model):
-    with pytest.raises(ValueError, match=r"act must be one of silu, gelu, relu.*got 'identity'"):
+    with pytest.raises(ValueError, match=r"act must be one of silu, gelu, gelu_tanh, relu.*got 'identity'"):
         annealing.prepare(make_model(mlp="gated", act="identity"))
 
 

@@ -1,7 +1,7 @@
 """Causal attention with rotary positions: its shape, and the module with transformer_lens' hook points."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,21 @@ KINDS = ("softmax", "bilinear")
 
 
 @dataclass(frozen=True)
+class Local:
+    """The layers of a model that attend to near positions only, while the others see all (Gemma 2, 2408.00118)."""
+
+    layers: tuple[int, ...]
+    window: int  # how many positions each attends to, itself included
+    rope: Rope | None = None  # their own rotary positions (Gemma 3); None: those of the other layers
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        if not self.layers or self.layers[0] < 0 or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must be at least one layer, in ascending order, got {self.layers}")
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """The shape of `Attention`; `of_width` makes one whose heads share the residual stream's width evenly."""
 
@@ -30,6 +45,9 @@ class AttentionConfig:
     bias: tuple[bool, bool] = (False, False)  # on queries, keys and values; on the output
     window: int | None = None  # how many positions each attends to, itself included; None: all before it
     rope: Rope = field(default_factory=Rope)
+    local: Local | None = None  # the layers with a window, where others have none
+    score_scale: float | None = None  # factor on q·k before the softmax; None: 1/sqrt(d_head)
+    cap: float | None = None  # scores s become cap·tanh(s / cap) before the softmax; None: they stay
 
     def __post_init__(self):
         if self.n_key_value_heads is None:
@@ -41,6 +59,14 @@ class AttentionConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 or None, got {self.window}")
+        for name in ("score_scale", "cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+            if value is not None and self.kind == "bilinear":
+                raise ValueError(f"{name} must be None for bilinear attention, got {value}")
+        if self.local is not None and self.window is not None:
+            raise ValueError(f"window must be None where only some layers are local, got {self.window}")
         if self.d_head < 2 or self.d_head % 2:
             raise ValueError(f"d_head must be even (rotary embedding rotates pairs), got {self.d_head}")
         if self.n_heads % self.n_key_value_heads:
@@ -64,6 +90,14 @@ class AttentionConfig:
                 f"got d_model={d_model}, n_heads={n_heads}"
             )
         return cls(n_heads, d_model // n_heads, **fields)
+
+    def at(self, layer: int) -> "AttentionConfig":
+        """Return the shape of one layer's attention: that of all, with the window of the local ones if it is one."""
+        if self.local is None:
+            return self
+        if layer not in self.local.layers:
+            return replace(self, local=None)
+        return replace(self, local=None, window=self.local.window, rope=self.local.rope or self.rope)
 
 
 def geometry(
@@ -94,12 +128,29 @@ def geometry(
     return config.rope.angles(positions[:, keys - new :], config.d_head, like.dtype), attend
 
 
+def geometries(
+    config: AttentionConfig,
+    n_layers: int,
+    mask: Bool[Tensor, "batch keys"] | None,
+    keys: int,
+    new: int,
+    like: Tensor,
+) -> list[tuple[Angles, Bool[Tensor, "batch new keys"] | None]]:
+    """Return the `geometry` of each layer; layers that are alike share one. The arguments are those of `geometry`."""
+    wide = geometry(config, mask, keys, new, like)
+    if config.local is None:
+        return [wide] * n_layers
+    near = geometry(config.at(config.local.layers[0]), mask, keys, new, like)
+    return [near if layer in config.local.layers else wide for layer in range(n_layers)]
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions; softmax, or bilinear (two score matrices multiplied).
 
-    The softmax form is `softmax(q·k / sqrt(d_head)) v`; the bilinear form has no softmax: its pattern is
-    `(q·k)(q2·k2) / d_head`, masked with zeros. The module's output carries the published attention scale, so it is
-    exactly what is added to the residual stream.
+    The softmax form is `softmax(q·k / sqrt(d_head)) v`, with another scale, or scores that are softly capped, if the
+    config says so; the bilinear form has no softmax: its pattern is `(q·k)(q2·k2) / d_head`, masked with zeros. The
+    module's output carries the published attention scale, so it is exactly what is added to the residual stream, or
+    what a norm before that addition reads.
 
     With fewer key-value heads than heads (grouped queries, arXiv 2305.13245), neighbouring heads share one. As in
     transformer_lens, `hook_k`, `hook_rot_k` and `hook_v` then see one row per key-value head, while `W_K` and `W_V`
@@ -210,17 +261,17 @@ class Attention(nn.Module):
         return self._project(z), past
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Average (or sum) the values by the pattern; fused unless the scores or the pattern are looked at."""
-        if self.config.kind == "softmax" and not (self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()):
+        """Average (or sum) the values by the pattern; fused unless scores or pattern are looked at, or capped."""
+        looked_at = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
+        if self.config.kind == "softmax" and self.config.cap is None and not looked_at:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            attn_mask = None if mask is None else mask[:, None]
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=mask is None)
-            return z.transpose(1, 2)
+            how = {"attn_mask": None if mask is None else mask[:, None], "scale": self.config.score_scale}
+            return F.scaled_dot_product_attention(q, k, v, is_causal=mask is None, **how).transpose(1, 2)
         d_head = v.shape[-1]
         if mask is None:
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
         if self.config.kind == "softmax":
-            scores = _dot(q, k) / math.sqrt(d_head)
+            scores = self._scores(q, k)
             scores = self.hook_attn_scores(scores.masked_fill(~mask[:, None], -torch.inf))
             pattern = scores.softmax(-1)
         else:
@@ -229,6 +280,12 @@ class Attention(nn.Module):
             pattern = scores.masked_fill(~mask[:, None], 0)
         pattern = self.hook_pattern(pattern)
         return einsum(pattern, v, "batch head seq keys, batch keys head d_head -> batch seq head d_head")
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return what the softmax reads, before the mask."""
+        scale, cap = self.config.score_scale, self.config.cap
+        scores = _dot(q, k) / math.sqrt(self.config.d_head) if scale is None else _dot(q, k) * scale
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _project(self, z: Tensor) -> Tensor:
         """Write the heads to the residual stream; head by head when `hook_result` is looked at."""

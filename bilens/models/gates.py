@@ -16,6 +16,7 @@ from .mlp import ACTIVATIONS
 SWITCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda z, beta: torch.sigmoid(beta * z),
     "gelu": lambda z, beta: torch.erfc(beta * z * -math.sqrt(0.5)) / 2,
+    "gelu_tanh": lambda z, beta: torch.sigmoid(beta * z * (1 + 0.044715 * (beta * z) ** 2) * math.sqrt(8 / math.pi)),
     "relu": lambda z, beta: (1 + beta * z.sign()) / 2,
 }
 
@@ -27,8 +28,8 @@ def _switched(z: Tensor, switch: Callable[[Tensor, Tensor], Tensor], beta: Tenso
 class Gate(nn.Module):
     """An activation on its way to a linear map, `c z s(βz)` with β = 1 - alpha (2410.08417, appendix J).
 
-    The switch s is `σ(βz)` for SiLU, `Φ(βz)` for GELU and `(1 + β sign z)/2` for ReLU: at β = 1 the gate is the
-    activation (c starts at 1), at β = 0 it is `c z / 2`.
+    The switch s is `σ(βz)` for SiLU, `Φ(βz)` for GELU (approximated by tanh where the model's is) and
+    `(1 + β sign z)/2` for ReLU: at β = 1 the gate is the activation (c starts at 1), at β = 0 it is `c z / 2`.
 
     Args:
         act: The activation, a name in `SWITCHES`.

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from .attention import KeyValue, geometry
+from .attention import KeyValue, geometries
 from .hooks import HookedModel
 from .text import Text, TextInterface
 
@@ -103,15 +103,16 @@ class _Stepper:
         padding = None if mask.all() else mask
         new = keys if self.resid is None or not self.first_hooked else keys - self.resid.shape[1]
         x = model.hook_embed(model.embed(tokens[:, keys - new :]))
-        rotary, attend = geometry(model.cfg.attention, padding, keys, new, x)
+        seen = geometries(model.cfg.attention, model.cfg.n_layers, padding, keys, new, x)
         for layer, block in enumerate(model.blocks[: self.first_hooked]):
-            x, self.past[layer] = block(x, rotary, attend, self.past[layer])
+            x, self.past[layer] = block(x, *seen[layer], self.past[layer])
         if self.resid is not None and self.first_hooked:
             x = torch.cat((self.resid, x), 1)
         self.resid = x
-        rotary, attend = geometry(model.cfg.attention, padding, keys, keys, x)
-        for block in model.blocks[self.first_hooked :]:
-            x, _ = block(x, rotary, attend)
+        if self.first_hooked < model.cfg.n_layers:
+            seen = geometries(model.cfg.attention, model.cfg.n_layers, padding, keys, keys, x)
+        for layer in range(self.first_hooked, model.cfg.n_layers):
+            x, _ = model.blocks[layer](x, *seen[layer])
         return model.unembed(model.ln_final(x)[:, -1])
 
 

@@ -5,7 +5,7 @@ a tensor replaces that quantity for everything downstream.
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,8 @@ from .attention import Attention, KeyValue
 from .mlp import MLP
 from .rotary import Angles
 
+PLACES = ("before", "after", "both")
+
 
 @dataclass(frozen=True)
 class NormConfig:
@@ -24,8 +26,14 @@ class NormConfig:
     eps: float = 1e-8  # added to the mean square; that of the published bilinear models
     gain: bool = False  # whether there is a gain `weight` (the 2024 checkpoints' have one)
     shift: bool = False  # whether there is a shift `bias` too
+    plus_one: bool = False  # whether the gain is 1 + `weight` (Gemma)
+    place: Literal["before", "after", "both"] = "before"  # where attention and MLP have one; the last is always there
 
     def __post_init__(self):
+        if self.place not in PLACES:
+            raise ValueError(f"place must be one of {', '.join(PLACES)}, got {self.place!r}")
+        if self.plus_one and not self.gain:
+            raise ValueError("plus_one must be False for a norm without gain, got True")
         if not self.eps >= 0:
             raise ValueError(f"eps must not be negative, got {self.eps}")
 
@@ -42,8 +50,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: NormConfig, d_model: int):
         super().__init__()
-        self.eps = config.eps
-        self.weight = nn.Parameter(torch.ones(d_model)) if config.gain else None
+        self.eps, self.offset = config.eps, float(config.plus_one)
+        self.weight = nn.Parameter(torch.full((d_model,), 1 - self.offset)) if config.gain else None
         self.bias = nn.Parameter(torch.zeros(d_model)) if config.shift else None
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
@@ -51,8 +59,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the root mean square, `hook_normalized` the ratio."""
         x = self.hook_normalized(x / self.hook_scale(self.rms(x)))
-        x = x if self.weight is None else x * self.weight
+        x = x if self.weight is None else x * self.gain
         return x if self.bias is None else x + self.bias
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        """What the ratio is multiplied by: the weight, or 1 + weight."""
+        if self.weight is None:
+            raise AttributeError("this norm has no gain")
+        return self.weight + self.offset if self.offset else self.weight
 
     def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """Return what `x` is divided by, `sqrt(mean(x²) + eps)`; no hook sees it."""
@@ -61,7 +76,7 @@ class RMSNorm(nn.Module):
 
     def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
         """Return gain and shift, ones and zeros where the norm has none, of the dtype and device of `like`."""
-        gain = like.new_ones(like.shape[-1]) if self.weight is None else self.weight.to(like)
+        gain = like.new_ones(like.shape[-1]) if self.weight is None else self.gain.to(like)
         return gain, torch.zeros_like(gain) if self.bias is None else self.bias.to(like)
 
     def linear(self, x: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, " d_model"]]:
@@ -99,11 +114,22 @@ def make_norm(config: NormConfig | None, d_model: int) -> Norm:
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block; every `hook_*_out` is exactly what is added to the residual stream."""
+    """One transformer block; every `hook_*_out` is exactly what is added to the residual stream.
 
-    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP):
+    `ln1` and `ln2` stand before attention and MLP, `ln1_post` and `ln2_post` after them, before the addition.
+
+    Args:
+        norm: The shape of its norms, which says where they are; `None` if there are none.
+        attn: Attention.
+        mlp: The MLP.
+        d_model: Width of the residual stream.
+    """
+
+    def __init__(self, norm: NormConfig | None, attn: Attention, mlp: MLP, d_model: int):
         super().__init__()
-        self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
+        before, after = (norm if norm and norm.place in (place, "both") else None for place in ("before", "after"))
+        self.ln1, self.attn, self.ln1_post = make_norm(before, d_model), attn, make_norm(after, d_model)
+        self.ln2, self.mlp, self.ln2_post = make_norm(before, d_model), mlp, make_norm(after, d_model)
         self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint(), HookPoint()
         self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
 
@@ -117,6 +143,6 @@ class Block(nn.Module):
         """Return the residual stream after the block, and the keys and values of all positions so far."""
         x = self.hook_resid_pre(x)
         attn_out, past = self.attn(self.ln1(x), rotary, mask, past)
-        x = self.hook_resid_mid(x + self.hook_attn_out(attn_out))
-        mlp_out = self.mlp(self.hook_mlp_in(self.ln2(x)))
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.ln1_post(attn_out)))
+        mlp_out = self.ln2_post(self.mlp(self.hook_mlp_in(self.ln2(x))))
         return self.hook_resid_post(x + self.hook_mlp_out(mlp_out)), past

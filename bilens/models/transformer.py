@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from .attention import Attention, AttentionConfig, geometry
+from .attention import Attention, AttentionConfig, geometries
 from .embedding import Embed, Unembed, UnembedConfig
 from .generation import Generation
 from .layers import Block, NormConfig, make_norm
@@ -31,13 +31,16 @@ class BilinearConfig:
     mlp: MLPConfig
     norm: NormConfig | None = field(
         default_factory=NormConfig
-    )  # before attention, MLP and unembedding; None: there is none
+    )  # of attention, MLP and unembedding; None: there is none
     unembed: UnembedConfig = field(default_factory=UnembedConfig)
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_ctx", "d_vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        local = self.attention.local
+        if local is not None and local.layers[-1] >= self.n_layers:
+            raise ValueError(f"local layers must be below n_layers={self.n_layers}, got {local.layers}")
 
     # transformer_lens' names: its ActivationCache and other tools read them.
     n_heads = property(lambda self: self.attention.n_heads)
@@ -53,7 +56,7 @@ class BilinearConfig:
 
 
 class BilinearTransformer(Generation):
-    """A causal language model with bilinear (or gated, or plain) MLPs, rotary positions and pre-norm blocks.
+    """A causal language model with bilinear (or gated, or plain) MLPs and rotary positions.
 
     Source: 2410.08417, section 5 and appendix G; the Llama family as in transformers. The interface is
     transformer_lens': `run_with_cache`, `run_with_hooks`, `hooks`, `add_hook`, `to_tokens`, the weight properties
@@ -73,13 +76,8 @@ class BilinearTransformer(Generation):
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(
-            Block(
-                make_norm(cfg.norm, cfg.d_model),
-                Attention(cfg.attention, cfg.d_model),
-                make_norm(cfg.norm, cfg.d_model),
-                MLP(cfg.mlp, cfg.d_model),
-            )
-            for _ in range(cfg.n_layers)
+            Block(cfg.norm, Attention(cfg.attention.at(layer), cfg.d_model), MLP(cfg.mlp, cfg.d_model), cfg.d_model)
+            for layer in range(cfg.n_layers)
         )
         self.ln_final = make_norm(cfg.norm, cfg.d_model)
         self.unembed = Unembed(cfg.d_model, cfg.d_vocab, bias=False)
@@ -128,8 +126,8 @@ class BilinearTransformer(Generation):
             raise ValueError(
                 f"start_at_layer takes a residual stream [batch, seq, d_model], got {type(input).__name__}"
             )
-        rotary, attend = geometry(self.cfg.attention, mask, x.shape[1], x.shape[1], x)
-        for block in self.blocks[start:stop]:
+        seen = geometries(self.cfg.attention, self.cfg.n_layers, mask, x.shape[1], x.shape[1], x)
+        for block, (rotary, attend) in zip(self.blocks[start:stop], seen[start:stop], strict=True):
             x, _ = block(x, rotary, attend)
         if stop_at_layer is not None:
             return x
