@@ -1,4 +1,4 @@
-"""Norms and blocks, with transformer_lens' hook points.
+"""Norms, with transformer_lens' hook points.
 
 A module's hook points see exactly the quantity that their name says, in transformer_lens' shapes: a hook that returns
 a tensor replaces that quantity for everything downstream.
@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-
-from .attention import Attention, KeyValue
-from .mlp import MLP
-from .rotary import Angles
 
 
 @dataclass(frozen=True)
@@ -96,27 +92,3 @@ Norm: TypeAlias = RMSNorm | NoNorm
 def make_norm(config: NormConfig | None, d_model: int) -> Norm:
     """Return the norm of that shape, or what stands in its place."""
     return NoNorm() if config is None else RMSNorm(config, d_model)
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block; every `hook_*_out` is exactly what is added to the residual stream."""
-
-    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP):
-        super().__init__()
-        self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
-        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint(), HookPoint()
-        self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch seq d_model"],
-        rotary: Angles,
-        mask: Bool[Tensor, "batch seq keys"] | None = None,
-        past: KeyValue | None = None,
-    ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue]:
-        """Return the residual stream after the block, and the keys and values of all positions so far."""
-        x = self.hook_resid_pre(x)
-        attn_out, past = self.attn(self.ln1(x), rotary, mask, past)
-        x = self.hook_resid_mid(x + self.hook_attn_out(attn_out))
-        mlp_out = self.mlp(self.hook_mlp_in(self.ln2(x)))
-        return self.hook_resid_post(x + self.hook_mlp_out(mlp_out)), past
