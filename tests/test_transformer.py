@@ -582,7 +582,8 @@ def test_gradients_flow_and_no_switch_is_left_behind(plain, tokens):
     plain(tokens, "loss").backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in plain.parameters())
     tracked = []
-    plain.generate(tokens, 2, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: tracked.append(x.requires_grad))])
+    watch = [("blocks.1.hook_mlp_out", lambda x, hook: tracked.append(x.requires_grad))]
+    plain.generate(tokens, 2, stop_at_eos=False, fwd_hooks=watch)
     assert tracked == [False, False]
     assert torch.is_grad_enabled()
 

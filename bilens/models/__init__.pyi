@@ -1,5 +1,6 @@
 from . import annealing as annealing
 from . import attention as attention
+from . import blocks as blocks
 from . import checkpoints as checkpoints
 from . import embedding as embedding
 from . import files as files

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from .layers import NormConfig, make_norm
 from .rotary import Angles, Rope, rotate
 
 # Keys are twice as wide as values in bilinear attention; more positions go out than came in.
@@ -34,6 +35,18 @@ class Local:
 
 
 @dataclass(frozen=True)
+class QKNormConfig:
+    """How queries and keys are normalised, before they are rotated."""
+
+    over: Literal["head", "full"] = "head"  # each head by itself; or all heads as one vector (OLMo2)
+    norm: NormConfig = field(default_factory=NormConfig)
+
+    def __post_init__(self):
+        if self.over not in ("head", "full"):
+            raise ValueError(f"over must be 'head' or 'full' for a norm of queries and keys, got {self.over!r}")
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """The shape of `Attention`; `of_width` makes one whose heads share the residual stream's width evenly."""
 
@@ -45,8 +58,9 @@ class AttentionConfig:
     bias: tuple[bool, bool] = (False, False)  # on queries, keys and values; on the output
     window: int | None = None  # how many positions each attends to, itself included; None: all before it
     rope: Rope = field(default_factory=Rope)
+    score_scale: float | None = None  # factor on the scores, of each branch; None: 1/sqrt(d_head)
+    qk_norm: QKNormConfig | None = None  # of queries and keys before rotation; None: there is none
     local: Local | None = None  # the layers with a window, where others have none
-    score_scale: float | None = None  # factor on q·k before the softmax; None: 1/sqrt(d_head)
     cap: float | None = None  # scores s become cap·tanh(s / cap) before the softmax; None: they stay
 
     def __post_init__(self):
@@ -60,11 +74,10 @@ class AttentionConfig:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 or None, got {self.window}")
         for name in ("score_scale", "cap"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive or None, got {value}")
-            if value is not None and self.kind == "bilinear":
-                raise ValueError(f"{name} must be None for bilinear attention, got {value}")
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
+        if self.cap is not None and self.kind == "bilinear":
+            raise ValueError(f"cap must be None for bilinear attention, got {self.cap}")
         if self.local is not None and self.window is not None:
             raise ValueError(f"window must be None where only some layers are local, got {self.window}")
         if self.d_head < 2 or self.d_head % 2:
@@ -78,6 +91,11 @@ class AttentionConfig:
                 f"n_key_value_heads must be None or n_heads={self.n_heads} for bilinear attention, got "
                 f"n_key_value_heads={self.n_key_value_heads}"
             )
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied by, those of each branch."""
+        return 1 / math.sqrt(self.d_head) if self.score_scale is None else self.score_scale
 
     @classmethod
     def of_width(cls, d_model: int, n_heads: int, **fields: Any) -> "AttentionConfig":
@@ -100,10 +118,21 @@ class AttentionConfig:
         return replace(self, local=None, window=self.local.window, rope=self.local.rope or self.rope)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What all blocks of one run are told beside the residual stream."""
+
+    rotary: Angles
+    attend: Bool[Tensor, "batch new keys"] | None  # the keys of each query; None: itself and all before it
+    near: "Frame | None" = None  # the same for the local layers, if there are any
+
+
 def geometry(
     config: AttentionConfig, mask: Bool[Tensor, "batch keys"] | None, keys: int, new: int, like: Tensor
-) -> tuple[Angles, Bool[Tensor, "batch new keys"] | None]:
+) -> Frame:
     """Return the rotary angles of the last `new` of `keys` positions, and which positions they attend to.
+
+    The shape is that of the whole model's attention: layers that are local find theirs in the frame.
 
     Args:
         config: The attention's shape.
@@ -111,9 +140,6 @@ def geometry(
         keys: How many positions there are.
         new: How many of them attend.
         like: The residual stream, `[batch, ...]`, whose dtype and device these have.
-
-    Returns:
-        Angles, and the mask of keys for each query; `None` if each attends to itself and all before it.
     """
     batch, index = len(like), torch.arange(keys, device=like.device)
     positions, attend = index.expand(batch, keys), None
@@ -125,23 +151,8 @@ def geometry(
         attend = ((back >= 0) & (back < config.window) if cut else back >= 0).expand(batch, new, keys)
         if mask is not None:  # padding sees itself, so that no row of the softmax is empty
             attend = attend & (mask[:, None, :] | (index[None, :] == index[keys - new :, None]))
-    return config.rope.angles(positions[:, keys - new :], config.d_head, like.dtype), attend
-
-
-def geometries(
-    config: AttentionConfig,
-    n_layers: int,
-    mask: Bool[Tensor, "batch keys"] | None,
-    keys: int,
-    new: int,
-    like: Tensor,
-) -> list[tuple[Angles, Bool[Tensor, "batch new keys"] | None]]:
-    """Return the `geometry` of each layer; layers that are alike share one. The arguments are those of `geometry`."""
-    wide = geometry(config, mask, keys, new, like)
-    if config.local is None:
-        return [wide] * n_layers
-    near = geometry(config.at(config.local.layers[0]), mask, keys, new, like)
-    return [near if layer in config.local.layers else wide for layer in range(n_layers)]
+    near = None if config.local is None else geometry(config.at(config.local.layers[0]), mask, keys, new, like)
+    return Frame(config.rope.angles(positions[:, keys - new :], config.d_head, like.dtype), attend, near)
 
 
 class Attention(nn.Module):
@@ -157,25 +168,46 @@ class Attention(nn.Module):
     repeat it for every head that reads it.
 
     Args:
-        config: Its shape.
+        config: Its shape, or that of a model whose layers differ.
         d_model: Width of the residual stream.
+        layer: Which layer of the model it is in.
     """
 
-    def __init__(self, config: AttentionConfig, d_model: int):
+    def __init__(self, config: AttentionConfig, d_model: int, layer: int = 0):
         super().__init__()
-        self.config = config
+        self.is_local = config.local is not None and layer in config.local.layers
+        self.config = config = config.at(layer)
         n_heads, shared, d_head = config.n_heads, config.n_key_value_heads, config.d_head
         self.group = n_heads // shared  # heads that share a key-value head
         counts = (n_heads, shared, shared) if config.kind == "softmax" else (n_heads,) * 5
         self.widths = [count * d_head for count in counts]  # of q, k, v in `qkv`; bilinear q, k, q2, k2, v
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=config.bias[0])
         self.o = nn.Linear(n_heads * d_head, d_model, bias=config.bias[1])
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
-        if config.kind == "bilinear":
-            self.hook_q2, self.hook_k2, self.hook_rot_q2, self.hook_rot_k2 = (HookPoint() for _ in range(4))
+        sides = ("q", "k") if config.kind == "softmax" else ("q", "k", "q2", "k2")
+        for side, width in zip(sides, self.widths, strict=False):
+            self._add_side(side, width)
+        self.hook_v = HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
+
+    def _add_side(self, side: str, width: int) -> None:
+        """Add the hook points, and the norm if there is one, of queries or keys."""
+        norm = self.config.qk_norm
+        names = [f"hook_{side}", f"hook_rot_{side}"] + ([] if norm is None else [f"hook_{side}_normalized"])
+        for name in names:
+            setattr(self, name, HookPoint())
+        if norm is not None:
+            setattr(self, f"{side}_norm", make_norm(norm.norm, self.config.d_head if norm.over == "head" else width))
+
+    def _placed(self, side: str, heads: Tensor, rotary: Angles) -> Tensor:
+        """Return queries or keys as their scores read them: normalised if they are to be, and rotated."""
+        heads = getattr(self, f"hook_{side}")(heads)
+        if self.config.qk_norm is not None:
+            norm = getattr(self, f"{side}_norm")
+            whole = self.config.qk_norm.over == "full"
+            heads = norm(heads.flatten(2)).view_as(heads) if whole else norm(heads)
+            heads = getattr(self, f"hook_{side}_normalized")(heads)
+        return getattr(self, f"hook_rot_{side}")(rotate(heads, rotary))
 
     def _head_weights(self, part: int) -> Float[Tensor, "head d_model d_head"]:
         weights = self.qkv.weight.split(self.widths)[part]
@@ -230,26 +262,22 @@ class Attention(nn.Module):
         return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.config.scale * self.o.bias
 
     def forward(
-        self,
-        x: Float[Tensor, "batch seq d_model"],
-        rotary: Angles,
-        mask: Bool[Tensor, "batch seq keys"] | None = None,
-        past: KeyValue | None = None,
-    ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue]:
-        """Attend from each position of `x` to the positions `mask` allows (`None`: itself and those before it).
+        self, x: Float[Tensor, "batch seq d_model"], frame: Frame, past: KeyValue | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue, Frame]:
+        """Attend from each position of `x` to the positions that `frame` allows.
 
-        `past` holds the keys and values of earlier positions, per key-value head. Returns the output and the keys and
-        values of all positions so far. Bilinear attention keeps its second keys beside the first, along the last axis.
+        `past` holds the keys and values of earlier positions, per key-value head. Returns the output, the keys and
+        values of all positions so far, and the frame for the next block. Bilinear attention keeps its second keys
+        beside the first, along the last axis.
         """
         heads = [
             rearrange(part, "batch seq (head d_head) -> batch seq head d_head", d_head=self.config.d_head)
             for part in self.qkv(x).split(self.widths, dim=-1)
         ]
-        q = self.hook_rot_q(rotate(self.hook_q(heads[0]), rotary))
-        k = self.hook_rot_k(rotate(self.hook_k(heads[1]), rotary))
+        seen = frame.near if self.is_local else frame
+        q, k = self._placed("q", heads[0], seen.rotary), self._placed("k", heads[1], seen.rotary)
         if self.config.kind == "bilinear":
-            q2 = self.hook_rot_q2(rotate(self.hook_q2(heads[2]), rotary))
-            k2 = self.hook_rot_k2(rotate(self.hook_k2(heads[3]), rotary))
+            q2, k2 = self._placed("q2", heads[2], seen.rotary), self._placed("k2", heads[3], seen.rotary)
             q, k = torch.cat((q, q2), -1), torch.cat((k, k2), -1)
         v = self.hook_v(heads[-1])
         if past is not None:
@@ -257,15 +285,15 @@ class Attention(nn.Module):
         past = k, v
         if self.group > 1:
             k, v = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2)
-        z = self.hook_z(self._mix(q, k, v, mask))
-        return self._project(z), past
+        z = self.hook_z(self._mix(q, k, v, seen.attend))
+        return self._project(z), past, frame
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Average (or sum) the values by the pattern; fused unless scores or pattern are looked at, or capped."""
         looked_at = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
         if self.config.kind == "softmax" and self.config.cap is None and not looked_at:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            how = {"attn_mask": None if mask is None else mask[:, None], "scale": self.config.score_scale}
+            how = {"attn_mask": None if mask is None else mask[:, None], "scale": self.config.factor}
             return F.scaled_dot_product_attention(q, k, v, is_causal=mask is None, **how).transpose(1, 2)
         d_head = v.shape[-1]
         if mask is None:
@@ -276,15 +304,14 @@ class Attention(nn.Module):
             pattern = scores.softmax(-1)
         else:
             (q, q2), (k, k2) = q.split(d_head, -1), k.split(d_head, -1)
-            scores = self.hook_attn_scores(_dot(q, k) * _dot(q2, k2) / d_head)
+            scores = self.hook_attn_scores(_dot(q, k) * _dot(q2, k2) * self.config.factor**2)
             pattern = scores.masked_fill(~mask[:, None], 0)
         pattern = self.hook_pattern(pattern)
         return einsum(pattern, v, "batch head seq keys, batch keys head d_head -> batch seq head d_head")
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return what the softmax reads, before the mask."""
-        scale, cap = self.config.score_scale, self.config.cap
-        scores = _dot(q, k) / math.sqrt(self.config.d_head) if scale is None else _dot(q, k) * scale
+        scores, cap = _dot(q, k) * self.config.factor, self.config.cap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _project(self, z: Tensor) -> Tensor:

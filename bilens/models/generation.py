@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
-from .attention import KeyValue, geometries
+from .attention import KeyValue, geometry
 from .hooks import HookedModel
 from .text import Text, TextInterface
 
@@ -102,28 +101,26 @@ class _Stepper:
         model, keys = self.model, tokens.shape[1]
         padding = None if mask.all() else mask
         new = keys if self.resid is None or not self.first_hooked else keys - self.resid.shape[1]
-        x = model.hook_embed(model.embed(tokens[:, keys - new :]))
-        seen = geometries(model.cfg.attention, model.cfg.n_layers, padding, keys, new, x)
+        x = model.stream_start(tokens[:, keys - new :])
+        frame = geometry(model.cfg.attention, padding, keys, new, x)
         for layer, block in enumerate(model.blocks[: self.first_hooked]):
-            x, self.past[layer] = block(x, *seen[layer], self.past[layer])
+            x, self.past[layer], frame = block(x, frame, self.past[layer])
         if self.resid is not None and self.first_hooked:
             x = torch.cat((self.resid, x), 1)
         self.resid = x
-        if self.first_hooked < model.cfg.n_layers:
-            seen = geometries(model.cfg.attention, model.cfg.n_layers, padding, keys, keys, x)
-        for layer in range(self.first_hooked, model.cfg.n_layers):
-            x, _ = model.blocks[layer](x, *seen[layer])
+        frame = geometry(model.cfg.attention, padding, keys, keys, x)
+        for block in model.blocks[self.first_hooked :]:
+            x, _, frame = block(x, frame)
         return model.unembed(model.ln_final(x)[:, -1])
 
 
 def _first_hooked_layer(model: Generation) -> int:
     """Return the first block with a hook, 0 if the embedding has one, n_layers if none has."""
-    if model.hook_embed.has_hooks():
+    hooked = {name for name, point in model.hook_dict.items() if point.has_hooks()}
+    if any(name.startswith(("hook_embed", "ln_embed")) for name in hooked):
         return 0
-    for layer, block in enumerate(model.blocks):
-        if any(module.has_hooks() for module in block.modules() if isinstance(module, HookPoint)):
-            return layer
-    return model.cfg.n_layers
+    layers = [int(name.split(".")[1]) for name in hooked if name.startswith("blocks.")]
+    return min(layers, default=model.cfg.n_layers)
 
 
 def _sample(logits: Tensor, temperature: int | float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

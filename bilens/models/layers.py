@@ -1,4 +1,4 @@
-"""Norms and blocks, with transformer_lens' hook points.
+"""Norms, with transformer_lens' hook points.
 
 A module's hook points see exactly the quantity that their name says, in transformer_lens' shapes: a hook that returns
 a tensor replaces that quantity for everything downstream.
@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-
-from .attention import Attention, KeyValue
-from .mlp import MLP
-from .rotary import Angles
 
 PLACES = ("before", "after", "both")
 
@@ -111,38 +107,3 @@ Norm: TypeAlias = RMSNorm | NoNorm
 def make_norm(config: NormConfig | None, d_model: int) -> Norm:
     """Return the norm of that shape, or what stands in its place."""
     return NoNorm() if config is None else RMSNorm(config, d_model)
-
-
-class Block(nn.Module):
-    """One transformer block; every `hook_*_out` is exactly what is added to the residual stream.
-
-    `ln1` and `ln2` stand before attention and MLP, `ln1_post` and `ln2_post` after them, before the addition.
-
-    Args:
-        norm: The shape of its norms, which says where they are; `None` if there are none.
-        attn: Attention.
-        mlp: The MLP.
-        d_model: Width of the residual stream.
-    """
-
-    def __init__(self, norm: NormConfig | None, attn: Attention, mlp: MLP, d_model: int):
-        super().__init__()
-        before, after = (norm if norm and norm.place in (place, "both") else None for place in ("before", "after"))
-        self.ln1, self.attn, self.ln1_post = make_norm(before, d_model), attn, make_norm(after, d_model)
-        self.ln2, self.mlp, self.ln2_post = make_norm(before, d_model), mlp, make_norm(after, d_model)
-        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint(), HookPoint()
-        self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch seq d_model"],
-        rotary: Angles,
-        mask: Bool[Tensor, "batch seq keys"] | None = None,
-        past: KeyValue | None = None,
-    ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue]:
-        """Return the residual stream after the block, and the keys and values of all positions so far."""
-        x = self.hook_resid_pre(x)
-        attn_out, past = self.attn(self.ln1(x), rotary, mask, past)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.ln1_post(attn_out)))
-        mlp_out = self.ln2_post(self.mlp(self.hook_mlp_in(self.ln2(x))))
-        return self.hook_resid_post(x + self.hook_mlp_out(mlp_out)), past

@@ -11,10 +11,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from .attention import Attention, AttentionConfig, geometries
-from .embedding import Embed, Unembed, UnembedConfig
+from .attention import Attention, AttentionConfig, geometry
+from .blocks import Block
+from .embedding import Embed, EmbedConfig, Unembed, UnembedConfig
 from .generation import Generation
-from .layers import Block, NormConfig, make_norm
+from .layers import NormConfig, make_norm
 from .mlp import MLP, MLPConfig
 from .text import Text
 
@@ -33,6 +34,7 @@ class BilinearConfig:
         default_factory=NormConfig
     )  # of attention, MLP and unembedding; None: there is none
     unembed: UnembedConfig = field(default_factory=UnembedConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_ctx", "d_vocab"):
@@ -73,14 +75,19 @@ class BilinearTransformer(Generation):
         self.cfg, self.tokenizer, self.source = cfg, tokenizer, dict(source or {})
         self.ignored_keys: tuple[str, ...] = ()  # keys of `source` without meaning here
         self.has_bos = True
-        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        self.embed = Embed(cfg.embed, cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
+        if cfg.embed.norm is not None:
+            self.ln_embed, self.hook_embed_normalized = make_norm(cfg.embed.norm, cfg.d_model), HookPoint()
         self.blocks = nn.ModuleList(
-            Block(cfg.norm, Attention(cfg.attention.at(layer), cfg.d_model), MLP(cfg.mlp, cfg.d_model), cfg.d_model)
+            Block(cfg.norm, Attention(cfg.attention, cfg.d_model, layer), MLP(cfg.mlp, cfg.d_model), cfg.d_model)
             for layer in range(cfg.n_layers)
         )
-        self.ln_final = make_norm(cfg.norm, cfg.d_model)
-        self.unembed = Unembed(cfg.d_model, cfg.d_vocab, bias=False)
+        self.ln_final = make_norm(cfg.unembed.norm or cfg.norm, cfg.d_model)
+        if cfg.unembed.cap is not None:
+            self.unembed_out_before_cap = HookPoint()
+        before_cap = None if cfg.unembed.cap is None else self.unembed_out_before_cap
+        self.unembed = Unembed(cfg.unembed, cfg.d_model, cfg.d_vocab, before_cap)
         if cfg.unembed.tied:
             self.unembed.weight = self.embed.weight
         self.setup()
@@ -119,16 +126,16 @@ class BilinearTransformer(Generation):
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
         if start_at_layer is None:
             tokens, mask = self.read(input, attention_mask, prepend_bos)
-            x = self.hook_embed(self.embed(tokens))
+            x = self.stream_start(tokens)
         elif isinstance(input, Tensor):
             x, mask = input, self.check_mask(attention_mask, input)
         else:
             raise ValueError(
                 f"start_at_layer takes a residual stream [batch, seq, d_model], got {type(input).__name__}"
             )
-        seen = geometries(self.cfg.attention, self.cfg.n_layers, mask, x.shape[1], x.shape[1], x)
-        for block, (rotary, attend) in zip(self.blocks[start:stop], seen[start:stop], strict=True):
-            x, _ = block(x, rotary, attend)
+        frame = geometry(self.cfg.attention, mask, x.shape[1], x.shape[1], x)
+        for block in self.blocks[start:stop]:
+            x, _, frame = block(x, frame)
         if stop_at_layer is not None:
             return x
         if return_type is None:
@@ -140,6 +147,11 @@ class BilinearTransformer(Generation):
             raise ValueError("a loss needs token ids: with start_at_layer, give them as tokens=")
         loss = _loss(logits, tokens.to(logits.device), mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
+
+    def stream_start(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
+        """Return what enters the first block: the embeddings, normalised if they are to be."""
+        x = self.hook_embed(self.embed(tokens))
+        return x if self.cfg.embed.norm is None else self.hook_embed_normalized(self.ln_embed(x))
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, as `nn.Module` does; a tied unembedding stays the embedding's own parameter."""
