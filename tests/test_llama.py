@@ -6,51 +6,20 @@ import json
 
 import pytest
 import torch
+from families import FAMILIES, LLAMA3, SMALL, build
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import bilens
 from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig, NormConfig
+from bilens.models.families import FULL, SLIDING
 from bilens.models.hooks import KEY_VALUE_HOOKS
-from bilens.models.llama import read_rope, write_rope
+from bilens.models.ropes import read_rope, write_rope
 from bilens.models.rotary import Rope
 from bilens.models.windows import Windows
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-FAMILIES = {  # model_type and what differs from SMALL
-    "llama": ("llama", {}),
-    "tinyllama": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
-    "llama3": (
-        "llama",
-        {"num_key_value_heads": 1, "tie_word_embeddings": True}
-        | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA3}},
-    ),
-    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "yarn": (
-        "llama",
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
-        | {"original_max_position_embeddings": 32},
-    ),
-    "biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu"}),
-    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
-    "mistral without window": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "qwen2 with window": (
-        "qwen2",
-        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
-    ),
-    "bilinear": ("llama", {"num_key_value_heads": 2, "hidden_act": "linear"}),
-}
 UP = "model.layers.1.mlp.up_proj.weight"  # [48, 32]
 
 
@@ -61,15 +30,7 @@ def originals(tmp_path_factory):
 
     def make(name):
         if name not in made:
-            kind, changes = FAMILIES[name]
-            config = transformers.AutoConfig.for_model(kind, **{**SMALL, **changes})
-            original = transformers.AutoModelForCausalLM.from_config(config).eval()
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():  # every weight random, those of norms and biases too
-                for key, parameter in original.named_parameters():
-                    spread = 0.5 if parameter.ndim == 1 else 0.7 * parameter.shape[-1] ** -0.5
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.copy_(spread * noise + key.endswith("norm.weight"))
+            original = build(transformers, name)
             folder = tmp_path_factory.mktemp("originals") / name
             original.save_pretrained(folder)
             made[name] = original, folder
@@ -127,34 +88,58 @@ def test_logits_are_those_of_transformers(originals, family, ids):
     model = bilens.load(folder)
     assert model.ignored_keys == ()
     assert (model(ids) - original(ids).logits).abs().max() <= 1e-5
-    assert model.cfg.mlp.kind == ("bilinear" if family == "bilinear" else "gated")
+    kind = next((kind for word, kind in (("bilinear", "bilinear"), ("nanochat", "plain")) if word in family), "gated")
+    assert model.cfg.mlp.kind == kind
 
 
 class DoubleRotary(torch.nn.Module):
     """Transformers' rotary embedding without its casts to float32; the frequencies are compared by themselves."""
 
-    def __init__(self, cfg):
+    def __init__(self, attention):
         super().__init__()
-        self.rope, self.d_head = cfg.attention.rope, cfg.d_head
+        ropes = (attention.rope, None if attention.local is None else attention.local.rope)
+        self.ropes, self.d_head = dict(zip((FULL, SLIDING), ropes, strict=True)), attention.d_head
 
-    def forward(self, x, position_ids):
-        angles = position_ids[..., None].double() * self.rope.frequencies(self.d_head, torch.float64)
+    def forward(self, x, position_ids, layer_type=FULL):
+        rope = self.ropes[layer_type]
+        angles = position_ids[..., None].double() * rope.frequencies(self.d_head, torch.float64)
         angles = torch.cat((angles, angles), -1)
-        return angles.cos() * self.rope.gain, angles.sin() * self.rope.gain
+        return angles.cos() * rope.gain, angles.sin() * rope.gain
+
+
+class DoubleNorm(torch.nn.Module):
+    """Transformers' norm without its casts to float32."""
+
+    def __init__(self, norm, plus_one):
+        super().__init__()
+        self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        weight = getattr(norm, "weight", torch.ones(()))
+        self.gain = 1 + weight if plus_one else weight
+
+    def forward(self, x):
+        return self.gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+def doubled(original, model):
+    """Return transformers' model in float64, without the casts to float32 that its classes have."""
+    double = copy.deepcopy(original).double()
+    double.set_attn_implementation("sdpa" if model.cfg.attention.cap is None else "eager")
+    for name, module in list(double.named_modules()):
+        if name.endswith("norm"):
+            double.set_submodule(name, DoubleNorm(module, model.cfg.norm.plus_one))
+    double.model.rotary_emb = DoubleRotary(model.cfg.attention)
+    if model.cfg.embed.scale != 1:
+        double.model.embed_tokens.embed_scale = torch.tensor(model.cfg.embed.scale, dtype=torch.float64)
+    return double
 
 
 @torch.no_grad()
-def test_logits_in_float64_are_those_of_transformers_without_its_casts(originals, family, ids):
+def test_logits_in_float64_are_those_of_transformers_without_its_casts(originals, family, ids, monkeypatch):
     original, folder = originals(family)
     model = bilens.load(folder, dtype=torch.float64)
-    double = copy.deepcopy(original).double()
-    for name, module in list(double.named_modules()):
-        if name.endswith("norm"):
-            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon, dtype=torch.float64)
-            norm.weight = module.weight
-            double.set_submodule(name, norm)
-    double.model.rotary_emb = DoubleRotary(model.cfg)
-    assert (model(ids) - double(ids).logits).abs().max() <= 1e-12
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
+    assert (model(ids) - doubled(original, model)(ids).logits).abs().max() <= 1e-12
 
 
 @torch.no_grad()
@@ -180,15 +165,18 @@ def test_greedy_generation_is_that_of_transformers(originals, family, ids):
 
 def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(originals, family):
     original, folder = originals(family)
-    cfg = bilens.load(folder).cfg
-    own = original.model.rotary_emb
-    rope = cfg.attention.rope
-    frequencies = rope.frequencies(cfg.d_head, torch.float32)
-    if rope.kind == "yarn":  # blended in another order
-        torch.testing.assert_close(frequencies, own.inv_freq, rtol=3e-7, atol=0)
-    else:
-        assert torch.equal(frequencies, own.inv_freq)
-    assert rope.gain == pytest.approx(own.attention_scaling, rel=1e-12)
+    attention, own = bilens.load(folder).cfg.attention, original.model.rotary_emb
+    kinds = {"": attention.rope}
+    if original.config.model_type == "gemma3_text":
+        shapes = [attention.at(layer) for layer in range(3)]
+        kinds = {f"{SLIDING if shape.window else FULL}_": shape.rope for shape in shapes}
+    for kind, rope in kinds.items():
+        frequencies = rope.frequencies(attention.d_head, torch.float32)
+        if rope.kind == "yarn":  # blended in another order
+            torch.testing.assert_close(frequencies, getattr(own, f"{kind}inv_freq"), rtol=3e-7, atol=0)
+        else:
+            assert torch.equal(frequencies, getattr(own, f"{kind}inv_freq"))
+        assert rope.gain == pytest.approx(getattr(own, f"{kind}attention_scaling"), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from . import attention as attention
 from . import blocks as blocks
 from . import checkpoints as checkpoints
 from . import embedding as embedding
+from . import families as families
 from . import files as files
 from . import fits as fits
 from . import gates as gates
@@ -14,6 +15,7 @@ from . import llama as llama
 from . import logits as logits
 from . import mlp as mlp
 from . import published as published
+from . import ropes as ropes
 from . import rotary as rotary
 from . import schedules as schedules
 from . import sources as sources

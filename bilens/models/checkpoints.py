@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .families import FAMILIES
 from .files import atomic_write
 from .layouts import Layout
-from .llama import ARCHITECTURES, Llama
+from .llama import Llama
 from .published import Published
 from .rotary import Rope
 from .sources import DTYPES, EMBEDDED, CheckpointError, Source, check_finite, read_json, read_tensors, read_tokenizer
@@ -46,7 +47,8 @@ def load(
     Args:
         name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors`, whole or in shards with an index
             (and `tokenizer.json`), or a Hub repository such as `"tdooms/ts-medium"` (the papers' ts-tiny). The config
-            tells the format: any published bilinear one, or transformers' Llama, Mistral and Qwen2.
+            tells the format: any published bilinear one, or that of one of transformers' families in
+            `models.families.FAMILIES`: Llama, Mistral, Qwen2 and 3, OLMo2, Gemma 2 and 3, nanochat.
         revision: Branch, tag or commit of the Hub repository.
         device: Where to put the weights; the CPU if `None`.
         dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, fast on CPUs).
@@ -155,7 +157,7 @@ def _layout_for(model: BilinearTransformer) -> Layout:
     if model.source:
         layouts = [_layout_of(model.source, Path("config.json"))]
     else:
-        layouts = [*map(Published, Published.generations), *map(Llama, ARCHITECTURES)]
+        layouts = [*map(Published, Published.generations), *map(Llama, FAMILIES)]
     for layout in layouts:
         if layout.expresses(model.cfg):
             return layout

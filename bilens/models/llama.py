@@ -1,23 +1,39 @@
-"""The Llama family's layout, as transformers writes it: Llama (and TinyLlama), Mistral, Qwen2."""
+"""The layouts of Llama and its relatives, as transformers writes them: how `FAMILIES` is read off a checkpoint."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from .attention import AttentionConfig
-from .embedding import UnembedConfig
+from .attention import AttentionConfig, Local
+from .embedding import EmbedConfig, UnembedConfig
+from .families import FAMILIES, FULL, SLIDING, Family
 from .layers import NormConfig
 from .layouts import UNREAD, CheckpointError, Keys, Layout, blaming
 from .mlp import MLPConfig
-from .rotary import Rope
+from .ropes import read_ropes, write_ropes
 from .transformer import BilinearConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # A "linear" gate is no gate: left and right are multiplied as they are.
-ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "linear": None}
+ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"} | {
+    "relu": "relu",
+    "relu2": "relu2",
+    "linear": None,
+}
+WRITTEN = {"gelu_tanh": "gelu_pytorch_tanh", "identity": "linear", None: "linear"}  # where our name is not theirs
+NORMS = {  # our norms' names in transformers, by where the norms are
+    "before": {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"},
+    "after": {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"},
+    "both": {"ln1": "input_layernorm", "ln1_post": "post_attention_layernorm"}
+    | {"ln2": "pre_feedforward_layernorm", "ln2_post": "post_feedforward_layernorm"},
+}
+MATRICES = {  # the tensors, one above the other, that an MLP's weights are made of
+    "gated": {"w": ("gate_proj", "up_proj"), "p": ("down_proj",)},
+    "plain": {"w": ("fc1",), "p": ("fc2",)},
+}
 SIZES = {
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -25,9 +41,8 @@ SIZES = {
     "d_model": "hidden_size",
     "d_hidden": "intermediate_size",
 }
-KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32}  # what transformers takes where the config is silent
 READ = {
-    *(*SIZES.values(), "vocab_size", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"),
+    *(*SIZES.values(), "vocab_size", "num_key_value_heads", "head_dim", "rms_norm_eps"),
     *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "tie_word_embeddings"),
     *("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
 }
@@ -35,6 +50,7 @@ WITHOUT_EFFECT = {  # on what the model computes in evaluation
     *("attention_dropout", "initializer_range", "pretraining_tp", "use_cache", "chunk_size_feed_forward", "is_decoder"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "id2label", "label2id", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder", "_attn_implementation"),
+    *("cache_implementation", "_sliding_window_pattern"),
 }
 REFUSED = {  # each changes what the model computes, wherever it is set
     "quantization_config": "quantised weights",
@@ -60,14 +76,13 @@ REFUSED = {  # each changes what the model computes, wherever it is set
     "use_mrope": "rotary positions along several axes",
 }
 OTHERS = {  # whose tensors have Llama's names or nearly so, and mean something else
-    "gemma": "its norms scale by 1 + weight",
-    "gemma2": "its attention scores are soft-capped",
-    "gemma3_text": "its queries and keys are normalised",
+    "gemma": "its activation has had two meanings under one name",
+    "gemma3": "it reads images too",
     "mixtral": "it is a mixture of experts",
     "qwen2_moe": "it is a mixture of experts",
     "qwen3_moe": "it is a mixture of experts",
-    "qwen3": "its queries and keys are normalised",
-    "olmo2": "its norms come after attention and MLP",
+    "olmo": "its norms have no gain and subtract the mean",
+    "olmo3": "its local layers turn otherwise than its others",
     "granite": "its embeddings, blocks and logits are scaled",
     "cohere": "its attention and MLP run in parallel",
     "gpt_neox": "its attention and MLP run in parallel",
@@ -78,39 +93,40 @@ OTHERS = {  # whose tensors have Llama's names or nearly so, and mean something 
 
 
 class Llama(Layout):
-    """The layout of one `model_type` of the Llama family.
+    """The layout of one `model_type` in `FAMILIES`.
 
     `gate_proj` is the left factor (`hook_pre`), `up_proj` the right one (`hook_pre_linear`), `down_proj` reads their
-    product. A bilinear MLP is written as `hidden_act: "linear"`, which transformers' own classes load and run.
+    product. A bilinear MLP is written as the activation `"linear"`, which transformers' own classes load and run.
     """
 
     embedding = "model.embed_tokens.weight"
-    known = frozenset(READ | WITHOUT_EFFECT | UNREAD)
 
     def __init__(self, model_type: str):
-        self.model_type = model_type
-        self.labels = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
+        self.family: Family = FAMILIES[model_type]
+        self.labels = {"architectures": [self.family.architecture], "model_type": model_type}
+        self.known = frozenset(READ | WITHOUT_EFFECT | UNREAD | {*self.family.read, *REFUSED, *self.family.refused})
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
         """Tell whether a config is in transformers' words rather than in those of the published bilinear models."""
         words = {"hidden_size", "num_hidden_layers", "n_embd", "text_config"}
-        return not words.isdisjoint(config) or config.get("model_type") in {*ARCHITECTURES, *OTHERS}
+        return not words.isdisjoint(config) or config.get("model_type") in {*FAMILIES, *OTHERS}
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], path: Path) -> "Llama":
         """Return the layout of a config, or raise with what in it the hooked model cannot represent."""
         kind = config.get("model_type")
-        if kind not in ARCHITECTURES:
+        if kind not in FAMILIES:
             got = repr(kind) + (f": {OTHERS[kind]}" if kind in OTHERS else "") if "model_type" in config else "nothing"
-            choices = ", ".join(map(repr, ARCHITECTURES))
+            choices = ", ".join(map(repr, FAMILIES))
             raise CheckpointError(f"{path}: model_type must be one of {choices}, got {got}")
-        for key, meaning in REFUSED.items():
-            if config.get(key):
+        layout = cls(kind)
+        for key, meaning in (REFUSED | layout.family.refused).items():
+            if config.get(key) and key not in layout.family.read:
                 raise CheckpointError(
                     f"{path}: {key} must be absent, since {meaning} cannot be represented, got {config[key]!r}"
                 )
-        return cls(kind)
+        return layout
 
     def has_bos(self, tokenizer: Tokenizer) -> bool:
         """Tell whether the tokenizer itself puts a special token before a text: Llama's does, Qwen's does not."""
@@ -122,154 +138,124 @@ class Llama(Layout):
         if not name.startswith("blocks."):
             top = {"embed.weight": self.embedding, "unembed.weight": "lm_head.weight"}
             return {top.get(name, name.replace("ln_final.", "model.norm.")): rows}
-        _, layer, module, rest = name.split(".", 3)
-        at, kind = f"model.layers.{layer}", rest.rsplit(".")[-1]
-        if rest.startswith("qkv"):
+        _, layer, module, *inner, kind = name.split(".")
+        at = f"model.layers.{layer}"
+        if not inner:
+            return {f"{at}.{NORMS[self.family.norm.place][module]}.{kind}": rows}
+        if inner == ["qkv"]:
             shared = cfg.attention.n_key_value_heads
             heads = {"q": cfg.n_heads, "k": shared, "v": shared}
             return {f"{at}.self_attn.{part}_proj.{kind}": n * cfg.d_head for part, n in heads.items()}
-        if rest.startswith("w."):
-            return {f"{at}.mlp.{part}_proj.{kind}": rows // 2 for part in ("gate", "up")}
-        names = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
-        names |= {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-        return {f"{at}.{names[module]}.{kind}": rows}
+        if module == "attn":
+            return {f"{at}.self_attn.{'o_proj' if inner == ['o'] else inner[0]}.{kind}": rows}
+        names = MATRICES[self.family.mlp][inner[0]]
+        return {f"{at}.mlp.{part}.{kind}": rows // len(names) for part in names}
 
     def shape(self, config: Mapping[str, Any], d_vocab: int, path: Path) -> BilinearConfig:
         """Read the model's shape off a config; the arguments are those of `Layout.shape`."""
-        read = Keys(config, path)
+        read, family = Keys(config, path), self.family
         sizes = {ours: read.size(theirs) for ours, theirs in SIZES.items()}
         if read.size("vocab_size") != d_vocab:
             raise CheckpointError(
                 f"{path}: vocab_size is {read.size('vocab_size')}, but the embedding has {d_vocab} rows"
             )
+        eps = read.number("rms_norm_eps", family.eps)
         with blaming(path):
             return BilinearConfig(
                 *(sizes[name] for name in ("n_layers", "d_model", "n_ctx")),
                 d_vocab,
-                attention=self._attention(read, sizes),
+                attention=self._attention(read, sizes, eps),
                 mlp=self._mlp(read, sizes["d_hidden"]),
-                norm=NormConfig(read.number("rms_norm_eps", 1e-6), gain=True),
-                unembed=UnembedConfig(tied=read.flag("tie_word_embeddings", False)),
+                norm=_with_eps(family.norm, eps),
+                unembed=UnembedConfig(
+                    tied=read.flag("tie_word_embeddings", family.tied), cap=_number_or_none(read, family.logit_cap)
+                ),
+                embed=EmbedConfig(
+                    scale=math.sqrt(sizes["d_model"]) if family.scaled_embedding else 1.0,
+                    norm=_with_eps(family.embed_norm, eps),
+                ),
             )
 
-    def _attention(self, read: Keys, sizes: Mapping[str, int]) -> AttentionConfig:
-        n_heads = sizes["n_heads"]
+    def _attention(self, read: Keys, sizes: Mapping[str, int], eps: float) -> AttentionConfig:
+        family, n_heads = self.family, sizes["n_heads"]
         fields: dict[str, Any] = {
-            "n_key_value_heads": read.size("num_key_value_heads", KEY_VALUE_HEADS.get(self.model_type, n_heads)),
-            "bias": (self.model_type == "qwen2", False),
-            "window": self._window(read, sizes["n_layers"]),
-            "rope": read_rope(read.config, sizes["n_ctx"], read.path),
+            "n_key_value_heads": read.size("num_key_value_heads", family.n_key_value_heads or n_heads),
+            "bias": (read.flag("attention_bias", False),) * 2 if family.bias is None else family.bias,
+            "qk_norm": family.qk_norm and replace(family.qk_norm, norm=_with_eps(family.qk_norm.norm, eps)),
+            "cap": _number_or_none(read, family.attention_cap),
         }
-        if self.model_type == "llama":
-            fields["bias"] = (read.flag("attention_bias", False),) * 2
-        if read.config.get("head_dim") is None:
-            return AttentionConfig.of_width(sizes["d_model"], n_heads, **fields)
-        return AttentionConfig(n_heads, read.size("head_dim"), **fields)
+        fields |= self._reach(read, sizes["n_layers"], sizes["n_ctx"])
+        if read.config.get("head_dim", family.d_head) is None:
+            shape = AttentionConfig.of_width(sizes["d_model"], n_heads, **fields)
+        else:
+            shape = AttentionConfig(n_heads, read.size("head_dim", family.d_head), **fields)
+        divisor = read.number(*family.score_scale) if family.score_scale else shape.d_head
+        return shape if divisor == shape.d_head else replace(shape, score_scale=divisor**-0.5)
+
+    def _reach(self, read: Keys, n_layers: int, n_ctx: int) -> dict[str, Any]:
+        """Return how far attention sees, and its rotary positions: of all layers, and of the local ones."""
+        family, local = self.family, self.family.sliding(read, n_layers)
+        rope, local_rope = read_ropes(read, n_ctx, family.theta, family.local_theta)
+        if family.reverse:  # these normalise after the rotation, which undoes its gain
+            rope = replace(rope, reverse=True, gain=1.0)
+        if not local:
+            return {"rope": rope}
+        if read.config.get("sliding_window", ...) is None:
+            raise CheckpointError(f"{read.path}: sliding_window must be a number, since some layers slide, got None")
+        window = read.size("sliding_window", 4096)
+        if len(local) == n_layers:
+            return {"window": window, "rope": local_rope or rope}
+        return {"rope": rope, "local": Local(tuple(local), window, local_rope)}
 
     def _mlp(self, read: Keys, d_hidden: int) -> MLPConfig:
-        act = read.one_of("hidden_act", ACTS, "silu")
-        bias = (self.model_type == "llama" and read.flag("mlp_bias", False),) * 2
+        key, default = self.family.act
+        act = read.one_of(key, ACTS, default)
+        bias = (self.family.mlp_bias and read.flag("mlp_bias", False),) * 2
+        if self.family.mlp == "plain":
+            return MLPConfig(d_hidden, "plain", act or "identity", bias)
         return MLPConfig(d_hidden, "bilinear" if act is None else "gated", act, bias)
-
-    def _window(self, read: Keys, n_layers: int) -> int | None:
-        """Return how far attention sees; Llama has no window, whatever its config says."""
-        if self.model_type == "mistral":
-            return None if read.config.get("sliding_window", 4096) is None else read.size("sliding_window", 4096)
-        if self.model_type == "llama" or not read.flag("use_sliding_window", False):
-            return None
-        full = read.config.get("max_window_layers", 28)
-        types = read.config.get("layer_types") or [
-            "full_attention" if layer < full else "sliding_attention" for layer in range(n_layers)
-        ]
-        if len(set(types)) > 1:
-            raise CheckpointError(
-                f"{read.path}: layer_types (or max_window_layers) must make all layers alike, since a window in some "
-                f"only cannot be represented, got {types}"
-            )
-        return read.size("sliding_window", 4096) if types[0] == "sliding_attention" else None
 
     def keys(self, cfg: BilinearConfig) -> dict[str, Any]:
         """Return the config keys that say what the model computes, for transformers 4 (`rope_scaling`) and later."""
         keys: dict[str, Any] = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()}
-        attention, rope = cfg.attention, write_rope(cfg.attention.rope)
+        attention, family = cfg.attention, self.family
         keys |= {
             "vocab_size": cfg.d_vocab,
             "num_key_value_heads": attention.n_key_value_heads,
             "head_dim": attention.d_head,
-            "hidden_act": cfg.mlp.act or "linear",
+            family.act[0]: WRITTEN.get(cfg.mlp.act, cfg.mlp.act),
             "rms_norm_eps": cfg.eps,
             "tie_word_embeddings": cfg.unembed.tied,
-            "rope_theta": attention.rope.base,
-            "rope_scaling": rope if len(rope) > 1 else None,
-            "rope_parameters": {**rope, "rope_theta": attention.rope.base},
         }
-        if self.model_type == "llama":
-            keys |= {"attention_bias": attention.bias[0], "mlp_bias": cfg.mlp.bias[0]}
-        if self.model_type == "mistral":
-            keys["sliding_window"] = attention.window
-        if self.model_type == "qwen2":
-            slides = attention.window is not None
-            kind = "sliding_attention" if slides else "full_attention"
-            keys |= {"use_sliding_window": slides, "max_window_layers": 0 if slides else cfg.n_layers}
-            keys |= {"layer_types": [kind] * cfg.n_layers, "sliding_window": attention.window}
-        return keys
+        keys |= {"attention_bias": attention.bias[0]} if family.bias is None else {}
+        keys |= {"mlp_bias": cfg.mlp.bias[0]} if family.mlp_bias else {}
+        keys |= {family.attention_cap[0]: attention.cap} if family.attention_cap else {}
+        keys |= {family.logit_cap[0]: cfg.unembed.cap} if family.logit_cap else {}
+        if family.score_scale:
+            keys[family.score_scale[0]] = round(attention.factor**-2)
+        return keys | self._window_keys(cfg) | write_ropes(cfg, family.theta, family.local_theta)
+
+    def _window_keys(self, cfg: BilinearConfig) -> dict[str, Any]:
+        """Return the keys that say which layers slide, and how far they see."""
+        windows = [cfg.attention.at(layer).window for layer in range(cfg.n_layers)]
+        sliding = [layer for layer, window in enumerate(windows) if window is not None]
+        keys = {
+            "sliding_window": windows[sliding[0]] if sliding else None,
+            "layer_types": [FULL if window is None else SLIDING for window in windows],
+            "use_sliding_window": bool(sliding),
+            "max_window_layers": sliding[0] if sliding else cfg.n_layers,
+        }
+        if "layer_types" in self.family.window_keys and not sliding:
+            del keys["sliding_window"]  # without meaning, but transformers' classes may want it
+        return {key: value for key, value in keys.items() if key in self.family.window_keys}
 
 
-def read_rope(config: Mapping[str, Any], n_ctx: int, path: Path) -> Rope:
-    """Read the rotary frequencies off a config: `rope_theta` and `rope_scaling`, or `rope_parameters`.
-
-    Raises:
-        CheckpointError: A kind of scaling that cannot be represented, or a number that makes no sense.
-    """
-    told = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(told, Mapping):
-        raise CheckpointError(f"{path}: rope_scaling and rope_parameters must be objects, got {told!r}")
-    if any(isinstance(value, Mapping) for value in told.values()):
-        raise CheckpointError(f"{path}: rope_parameters must be alike in all layers, got {dict(told)!r}")
-    for where in (told, config):
-        if where.get("partial_rotary_factor", 1) not in (None, 1):
-            raise CheckpointError(
-                f"{path}: partial_rotary_factor must be 1, since heads that rotate in part cannot be represented, got "
-                f"{where['partial_rotary_factor']!r}"
-            )
-    read = Keys(told, path)
-    base = read.number("rope_theta", Keys(config, path).number("rope_theta", 10000.0))
-    key = "rope_type" if "rope_type" in told else "type"
-    kind = read.one_of(key, {name: name for name in ("default", "linear", "llama3", "yarn")}, "default")
-    before = config.get("original_max_position_embeddings") or told.get("original_max_position_embeddings") or n_ctx
-    before = Keys({"original_max_position_embeddings": before}, path).size("original_max_position_embeddings")
-    with blaming(f"{path}: rope_scaling of kind {kind!r}"):
-        if kind == "default":
-            return Rope(base, kind)
-        if kind == "linear":
-            return Rope(base, kind, read.number("factor"))
-        if kind == "llama3":
-            turns = read.number("low_freq_factor"), read.number("high_freq_factor")
-            return Rope(base, kind, read.number("factor"), before, turns)
-        factor = read.number("factor", n_ctx / before)
-        turns = read.number("beta_slow", 1.0), read.number("beta_fast", 32.0)
-        gain = read.number("attention_factor", _yarn_gain(factor, told.get("mscale"), told.get("mscale_all_dim")))
-        return Rope(base, kind, factor, before, turns, gain, read.flag("truncate", True))
+def _with_eps(norm: NormConfig | None, eps: float) -> NormConfig | None:
+    return None if norm is None else replace(norm, eps=eps)
 
 
-def _yarn_gain(factor: float, scale: float | None, scale_all: float | None) -> float:
-    """Return what yarn multiplies cosines and sines by (arXiv 2309.00071, section 3.4), or DeepSeek's ratio of two."""
-
-    def gain(times: float) -> float:
-        return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
-
-    return gain(scale) / gain(scale_all) if scale and scale_all else gain(1.0)
-
-
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """Return the keys by which `read_rope` finds these frequencies again, the base aside."""
-    keys: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind not in ("default", "published"):
-        keys["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
-        keys["original_max_position_embeddings"] = rope.original_ctx
-        names = ("low_freq_factor", "high_freq_factor") if rope.kind == "llama3" else ("beta_slow", "beta_fast")
-        keys |= dict(zip(names, rope.turns, strict=True))
-    if rope.kind == "yarn":
-        keys |= {"attention_factor": rope.gain, "truncate": rope.whole}
-    return keys
+def _number_or_none(read: Keys, pair: tuple[str, float | None] | None) -> float | None:
+    """Return the number of a key that may be null; its default where the config is silent, None for no key."""
+    if pair is None or read.config.get(*pair) is None:
+        return None
+    return read.number(*pair)

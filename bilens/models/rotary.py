@@ -29,6 +29,7 @@ class Rope:
     turns: tuple[float, float] = (1.0, 1.0)
     gain: float = 1.0  # on cosines and sines (yarn), so squared on the scores
     whole: bool = True  # whether the ends of yarn's ramp are rounded to whole indices
+    reverse: bool = False  # whether pairs turn against Llama's direction
 
     def __post_init__(self):
         for name in ("base", "factor", "gain"):
@@ -82,7 +83,7 @@ class Rope:
         """
         dtype = torch.promote_types(dtype, torch.float32)
         angles = positions[..., None].to(dtype) * self.frequencies(d_head, dtype, positions.device)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos(), (-angles if self.reverse else angles).sin()
         return (cos, sin) if self.gain == 1 else (cos * self.gain, sin * self.gain)
 
 

@@ -20,12 +20,16 @@ class TextInterface:
     @property
     def bos_id(self) -> int:
         """Id of the token that starts every text."""
-        return self._special_id("BOS", ("[BOS]", "<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "[CLS]"))
+        return self._special_id(
+            "BOS", ("[BOS]", "<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "[CLS]", "<|bos|>")
+        )
 
     @property
     def eos_id(self) -> int:
         """Id of the token that ends a text; also used for padding, as in the published models."""
-        return self._special_id("EOS", ("[EOS]", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"))
+        return self._special_id(
+            "EOS", ("[EOS]", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]", "<|bos|>")
+        )
 
     def _special_id(self, role: str, names: Sequence[str]) -> int:
         for name in names:
