@@ -7,6 +7,7 @@ from . import tensor as tensor
 from .circuits.attribution import attribute as attribute
 from .models.attention import AttentionConfig as AttentionConfig
 from .models.attention import QKNormConfig as QKNormConfig
+from .models.blocks import StreamConfig as StreamConfig
 from .models.checkpoints import load as load
 from .models.checkpoints import save as save
 from .models.embedding import EmbedConfig as EmbedConfig

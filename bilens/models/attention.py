@@ -16,7 +16,9 @@ from .rotary import Angles, Rope, rotate
 
 # Keys are twice as wide as values in bilinear attention; more positions go out than came in.
 KeyValue = tuple[Float[Tensor, "batch _past head _width"], Float[Tensor, "batch _past head d_head"]]
-KINDS = ("softmax", "bilinear")
+KINDS = ("softmax", "bilinear", "squared", "differential")
+ROW_EPS = 1e-8  # added to the sums that rows of squared scores are divided by: that of the published models
+PAIRED = ("bilinear", "differential")  # with second queries and keys
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,21 @@ class AttentionConfig:
 
     n_heads: int
     d_head: int
-    kind: Literal["softmax", "bilinear"] = "softmax"
+    kind: Literal["softmax", "bilinear", "squared", "differential"] = "softmax"
     scale: float = 1.0  # factor on the output: 1/sqrt(2 n_layers) in the published models
     n_key_value_heads: int | None = None  # keys and values that groups of heads share; None: n_heads
-    bias: tuple[bool, bool] = (False, False)  # on queries, keys and values; on the output
+    bias: tuple[bool | Literal["qk"], bool] = (
+        False,
+        False,
+    )  # on queries, keys and values ("qk": not on values); output
     window: int | None = None  # how many positions each attends to, itself included; None: all before it
     rope: Rope = field(default_factory=Rope)
     score_scale: float | None = None  # factor on the scores, of each branch; None: 1/sqrt(d_head)
     qk_norm: QKNormConfig | None = None  # of queries and keys before rotation; None: there is none
     local: Local | None = None  # the layers with a window, where others have none
     cap: float | None = None  # scores s become cap·tanh(s / cap) before the softmax; None: they stay
+    normalize: bool = False  # whether the rows of a squared pattern are divided by their sums
+    value_residual: bool = False  # whether values are mixed with the first block's: (1 - λ) v + λ v₀
 
     def __post_init__(self):
         if self.n_key_value_heads is None:
@@ -76,8 +83,8 @@ class AttentionConfig:
         for name in ("score_scale", "cap"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
-        if self.cap is not None and self.kind == "bilinear":
-            raise ValueError(f"cap must be None for bilinear attention, got {self.cap}")
+        if self.cap is not None and self.kind != "softmax":
+            raise ValueError(f"cap must be None for {self.kind} attention, got {self.cap}")
         if self.local is not None and self.window is not None:
             raise ValueError(f"window must be None where only some layers are local, got {self.window}")
         if self.d_head < 2 or self.d_head % 2:
@@ -86,9 +93,11 @@ class AttentionConfig:
             raise ValueError(
                 f"n_key_value_heads must divide n_heads={self.n_heads}, got n_key_value_heads={self.n_key_value_heads}"
             )
-        if self.kind == "bilinear" and self.n_key_value_heads != self.n_heads:
+        if self.normalize and self.kind != "squared":
+            raise ValueError(f"normalize must be False for {self.kind} attention: it is for the rows of squared scores")
+        if self.kind in PAIRED and self.n_key_value_heads != self.n_heads:
             raise ValueError(
-                f"n_key_value_heads must be None or n_heads={self.n_heads} for bilinear attention, got "
+                f"n_key_value_heads must be None or n_heads={self.n_heads} for {self.kind} attention, got "
                 f"n_key_value_heads={self.n_key_value_heads}"
             )
 
@@ -125,6 +134,8 @@ class Frame:
     rotary: Angles
     attend: Bool[Tensor, "batch new keys"] | None  # the keys of each query; None: itself and all before it
     near: "Frame | None" = None  # the same for the local layers, if there are any
+    start: Float[Tensor, "batch new d_model"] | None = None  # the start of the stream, where blocks read it again
+    values: Float[Tensor, "batch new head d_head"] | None = None  # the first block's, where later ones mix them in
 
 
 def geometry(
@@ -156,10 +167,11 @@ def geometry(
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions; softmax, or bilinear (two score matrices multiplied).
+    """Causal multi-head attention with rotary positions: a pattern from scores `s = factor q·k`, times the values.
 
-    The softmax form is `softmax(q·k / sqrt(d_head)) v`, with another scale, or scores that are softly capped, if the
-    config says so; the bilinear form has no softmax: its pattern is `(q·k)(q2·k2) / d_head`, masked with zeros. The
+    The pattern, `hook_pattern`, is `softmax(s)`, of scores that are softly capped if the config says so; or without a
+    softmax, masked with zeros, `s s2` (`"bilinear"`) or `s²` (`"squared"`, its rows perhaps divided by their sums); or
+    `softmax(s) - λ softmax(s2)` (`"differential"`). The factor is 1/sqrt(d_head) unless the config has another. The
     module's output carries the published attention scale, so it is exactly what is added to the residual stream, or
     what a norm before that addition reads.
 
@@ -179,15 +191,22 @@ class Attention(nn.Module):
         self.config = config = config.at(layer)
         n_heads, shared, d_head = config.n_heads, config.n_key_value_heads, config.d_head
         self.group = n_heads // shared  # heads that share a key-value head
-        counts = (n_heads, shared, shared) if config.kind == "softmax" else (n_heads,) * 5
-        self.widths = [count * d_head for count in counts]  # of q, k, v in `qkv`; bilinear q, k, q2, k2, v
-        self.qkv = nn.Linear(d_model, sum(self.widths), bias=config.bias[0])
+        counts = (n_heads,) * 5 if config.kind in PAIRED else (n_heads, shared, shared)
+        self.widths = [count * d_head for count in counts]  # of q, k, v in `qkv`; of a pair q, k, q2, k2, v
+        self.qkv = nn.Linear(d_model, sum(self.widths), bias=config.bias[0] is True)
+        self.qk_bias = nn.Parameter(torch.zeros(sum(self.widths[:-1]))) if config.bias[0] == "qk" else None
+        self.lamb = nn.Parameter(torch.zeros(())) if config.value_residual else None
+        self.lamb2 = nn.Parameter(torch.zeros(())) if config.kind == "differential" else None
         self.o = nn.Linear(n_heads * d_head, d_model, bias=config.bias[1])
-        sides = ("q", "k") if config.kind == "softmax" else ("q", "k", "q2", "k2")
+        sides = ("q", "k", "q2", "k2") if config.kind in PAIRED else ("q", "k")
         for side, width in zip(sides, self.widths, strict=False):
             self._add_side(side, width)
+        if config.value_residual:
+            self.hook_v_own = HookPoint()
         self.hook_v = HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        if config.kind == "differential":
+            self.hook_attn_scores2 = HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     def _add_side(self, side: str, width: int) -> None:
@@ -215,10 +234,14 @@ class Attention(nn.Module):
         return weights if len(weights) == self.config.n_heads else weights.repeat_interleave(self.group, 0)
 
     def _head_biases(self, part: int) -> Float[Tensor, "head d_head"]:
-        if self.qkv.bias is None:
+        biases = self._biases()
+        if biases is None:
             return self.qkv.weight.new_zeros(self.config.n_heads, self.config.d_head)
-        biases = self.qkv.bias.split(self.widths)[part].unflatten(0, (-1, self.config.d_head))
+        biases = biases.split(self.widths)[part].unflatten(0, (-1, self.config.d_head))
         return biases if len(biases) == self.config.n_heads else biases.repeat_interleave(self.group, 0)
+
+    def _biases(self) -> Float[Tensor, " widths"] | None:
+        return self.qkv.bias if self.qk_bias is None else F.pad(self.qk_bias, (0, self.widths[-1]))
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
@@ -267,19 +290,17 @@ class Attention(nn.Module):
         """Attend from each position of `x` to the positions that `frame` allows.
 
         `past` holds the keys and values of earlier positions, per key-value head. Returns the output, the keys and
-        values of all positions so far, and the frame for the next block. Bilinear attention keeps its second keys
-        beside the first, along the last axis.
+        values of all positions so far, and the frame for the next block. Second keys are kept beside the first, along
+        the last axis; values as they are mixed.
         """
-        heads = [
-            rearrange(part, "batch seq (head d_head) -> batch seq head d_head", d_head=self.config.d_head)
-            for part in self.qkv(x).split(self.widths, dim=-1)
-        ]
         seen = frame.near if self.is_local else frame
+        read = self.qkv(x) if self.qk_bias is None else F.linear(x, self.qkv.weight, self._biases())
+        heads = [part.unflatten(-1, (-1, self.config.d_head)) for part in read.split(self.widths, dim=-1)]
         q, k = self._placed("q", heads[0], seen.rotary), self._placed("k", heads[1], seen.rotary)
-        if self.config.kind == "bilinear":
+        if self.config.kind in PAIRED:
             q2, k2 = self._placed("q2", heads[2], seen.rotary), self._placed("k2", heads[3], seen.rotary)
             q, k = torch.cat((q, q2), -1), torch.cat((k, k2), -1)
-        v = self.hook_v(heads[-1])
+        v, frame = self._valued(heads[-1], frame)
         if past is not None:
             k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
         past = k, v
@@ -288,31 +309,50 @@ class Attention(nn.Module):
         z = self.hook_z(self._mix(q, k, v, seen.attend))
         return self._project(z), past, frame
 
+    def own_values(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq head d_head"]:
+        """Return the values of what attention reads, before they are mixed with any; no hook sees them."""
+        biases = self._biases()
+        bias = None if biases is None else biases.split(self.widths)[-1]
+        values = F.linear(x, self.qkv.weight.split(self.widths)[-1], bias)
+        return values.unflatten(-1, (-1, self.config.d_head))
+
+    def _valued(self, v: Tensor, frame: Frame) -> tuple[Tensor, Frame]:
+        """Return the values to average, and the frame that holds those of the first block."""
+        if self.lamb is None:
+            return self.hook_v(v), frame
+        v = self.hook_v_own(v)
+        if frame.values is None:
+            frame = replace(frame, values=v)
+        return self.hook_v((1 - self.lamb) * v + self.lamb * frame.values), frame
+
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Average (or sum) the values by the pattern; fused unless scores or pattern are looked at, or capped."""
+        """Sum the values by the pattern; fused unless the scores or the pattern are looked at, or capped."""
         looked_at = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
         if self.config.kind == "softmax" and self.config.cap is None and not looked_at:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             how = {"attn_mask": None if mask is None else mask[:, None], "scale": self.config.factor}
             return F.scaled_dot_product_attention(q, k, v, is_causal=mask is None, **how).transpose(1, 2)
-        d_head = v.shape[-1]
         if mask is None:
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
-        if self.config.kind == "softmax":
-            scores = self._scores(q, k)
-            scores = self.hook_attn_scores(scores.masked_fill(~mask[:, None], -torch.inf))
-            pattern = scores.softmax(-1)
-        else:
-            (q, q2), (k, k2) = q.split(d_head, -1), k.split(d_head, -1)
-            scores = self.hook_attn_scores(_dot(q, k) * _dot(q2, k2) * self.config.factor**2)
-            pattern = scores.masked_fill(~mask[:, None], 0)
-        pattern = self.hook_pattern(pattern)
+        pattern = self.hook_pattern(self._pattern(q, k, ~mask[:, None]))
         return einsum(pattern, v, "batch head seq keys, batch keys head d_head -> batch seq head d_head")
 
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return what the softmax reads, before the mask."""
-        scores, cap = _dot(q, k) * self.config.factor, self.config.cap
-        return scores if cap is None else cap * torch.tanh(scores / cap)
+    def _pattern(self, q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+        """Return what multiplies the values; the scores of a pair lie beside one another in `q` and `k`."""
+        d_head, kind = self.config.d_head, self.config.kind
+        branches = zip(q.split(d_head, -1), k.split(d_head, -1), strict=True)
+        first, *second = (_dot(*branch) * self.config.factor for branch in branches)
+        if self.config.cap is not None:
+            first = self.config.cap * torch.tanh(first / self.config.cap)
+        if kind in ("softmax", "differential"):
+            pattern = self.hook_attn_scores(first.masked_fill(hidden, -torch.inf)).softmax(-1)
+            if kind == "differential":
+                scores = self.hook_attn_scores2(second[0].masked_fill(hidden, -torch.inf))
+                pattern = pattern - self.lamb2 * scores.softmax(-1)
+            return pattern
+        scores = first * (second[0] if second else first)
+        pattern = self.hook_attn_scores(scores).masked_fill(hidden, 0)
+        return pattern / (pattern.sum(-1, keepdim=True) + ROW_EPS) if self.config.normalize else pattern
 
     def _project(self, z: Tensor) -> Tensor:
         """Write the heads to the residual stream; head by head when `hook_result` is looked at."""

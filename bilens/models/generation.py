@@ -1,6 +1,7 @@
 """Continuing a text token by token, without running again what cannot have changed."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -94,24 +95,35 @@ class _Stepper:
         self.model = model
         self.first_hooked = _first_hooked_layer(model) if use_cache else 0
         self.past: list[KeyValue | None] = [None] * self.first_hooked
-        self.resid: Tensor | None = None
+        # what the first hooked block reads: the stream, the stream's start, the first block's values
+        self.read: list[Tensor | None] | None = None
 
     def next_logits(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch vocab"]:
         """Return the logits after the last of `tokens`, which extend those of the call before by any number."""
         model, keys = self.model, tokens.shape[1]
         padding = None if mask.all() else mask
-        new = keys if self.resid is None or not self.first_hooked else keys - self.resid.shape[1]
+        new = keys if self.read is None else keys - self.read[0].shape[1]
         x = model.stream_start(tokens[:, keys - new :])
-        frame = geometry(model.cfg.attention, padding, keys, new, x)
+        frame = replace(geometry(model.cfg.attention, padding, keys, new, x), start=x if model.cfg.rereads else None)
         for layer, block in enumerate(model.blocks[: self.first_hooked]):
             x, self.past[layer], frame = block(x, frame, self.past[layer])
-        if self.resid is not None and self.first_hooked:
-            x = torch.cat((self.resid, x), 1)
-        self.resid = x
-        frame = geometry(model.cfg.attention, padding, keys, keys, x)
+        x, start, values = self._extend([x, frame.start, frame.values])
+        frame = replace(geometry(model.cfg.attention, padding, keys, keys, x), start=start, values=values)
         for block in model.blocks[self.first_hooked :]:
             x, _, frame = block(x, frame)
         return model.unembed(model.ln_final(x)[:, -1])
+
+    def _extend(self, new: list[Tensor | None]) -> list[Tensor | None]:
+        """Put what the first hooked block reads at the new positions behind that at the old ones."""
+        if not self.first_hooked:
+            return new
+        if self.read is not None:
+            new = [
+                after if after is None else torch.cat((old, after), 1)
+                for old, after in zip(self.read, new, strict=True)
+            ]
+        self.read = new
+        return new
 
 
 def _first_hooked_layer(model: Generation) -> int:
