@@ -206,11 +206,11 @@ class Ends(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], ends: Ends) -> list[Tensor]:
-    """Encode each text as BOS, its tokens, EOS."""
-    ids = []
+    """Encode each text as BOS, its tokens, EOS; as BOS and its tokens where one token is both, and parts texts."""
+    ids, end = [], [] if ends.bos == ends.eos else [ends.eos]
     for start in tqdm(range(0, len(texts), 1000), desc="tokenising", unit="k texts", leave=False):
         for encoding in tokenizer.encode_batch(texts[start : start + 1000], add_special_tokens=False):
-            ids.append(torch.tensor([ends.bos, *encoding.ids, ends.eos], dtype=torch.int32))
+            ids.append(torch.tensor([ends.bos, *encoding.ids, *end], dtype=torch.int32))
     return ids
 
 
@@ -559,6 +559,8 @@ class Checkpoint:
     ) -> None:
         """Replace the file, atomically; weights that are not finite are refused."""
         tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+        if model.cfg.unembed.tied:  # a file cannot hold one tensor under two names
+            del tensors["model.unembed.weight"]
         if not all(weight.isfinite().all() for weight in tensors.values()):
             raise SystemExit(f"weights are not finite after step {step}: lower --lr; {self}")
         for number, optimizer in enumerate(optimizers):
@@ -584,7 +586,8 @@ class Checkpoint:
                 "to start over"
             )
         tensors = load_file(self.path)
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        model.load_state_dict(({"unembed.weight": state["embed.weight"]} if model.cfg.unembed.tied else {}) | state)
         for number, optimizer in enumerate(optimizers):
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():

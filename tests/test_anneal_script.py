@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import bilens
 
@@ -161,23 +162,53 @@ def test_weights_that_are_not_finite_are_not_kept(gated, corpus, tmp_path, monke
     assert all(weight.isfinite().all() for weight in kept.values())
 
 
-def test_a_llama_stays_a_llama(corpus, tiny_tokenizer, tmp_path):
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 6, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 2}),
+        ("qwen3", {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}),
+        ("olmo2", {}),
+        ("gemma2", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0}),
+        ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_family_stays_what_it_is(kind, changes, corpus, tiny_tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=tiny_tokenizer.get_vocab_size(),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
+    config = transformers.AutoConfig.for_model(
+        kind,
+        **{"vocab_size": tiny_tokenizer.get_vocab_size(), "hidden_size": 16, "intermediate_size": 24}
+        | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32, **changes},
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    tiny_tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
-    run(tmp_path / "llama", corpus, tmp_path / "run")
+    original = transformers.AutoModelForCausalLM.from_config(config)
+    original.save_pretrained(tmp_path / "gated")
+    tiny_tokenizer.save(str(tmp_path / "gated" / "tokenizer.json"))
+    run(tmp_path / "gated", corpus, tmp_path / "run", "--tokens", "1500")
     ours = bilens.load(tmp_path / "run" / "model")
     assert (ours.cfg.mlp.kind, ours.cfg.norm.gain) == ("bilinear", True)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
+    assert type(theirs) is type(original)
     tokens = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_bos_is_annealed_on_texts_that_one_token_parts(corpus, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = {word: i for i, word in enumerate(["[UNK]", "[EOS]", "the", "cat", "dog", "sat", "on", "and"])}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))  # as SimpleStories has it: EOS comes last
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[EOS]"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 1)])
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(num_attention_heads=4, tie_word_embeddings=True, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "gated")
+    tokenizer.save(str(tmp_path / "gated" / "tokenizer.json"))
+    run(tmp_path / "gated", corpus, tmp_path / "run", "--tokens", "1500")
+    model = bilens.load(tmp_path / "run" / "model")
+    assert (model.cfg.mlp.kind, model.has_bos, model.cfg.unembed.tied) == ("bilinear", False, True)
+    ends = train_language.Ends(1, 1)
+    assert train_language.encode(tokenizer, ["the cat"], ends)[0].tolist() == [1, 2, 3]

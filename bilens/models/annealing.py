@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .blocks import Block
 from .fits import LinearFit, check_gated, norms_of
 from .gates import Blend, Gate
 from .transformer import BilinearTransformer
@@ -105,7 +106,7 @@ def fold(model: BilinearTransformer) -> BilinearTransformer:
     linear_norms = isinstance(model.ln_final, Blend)
     cfg = replace(model.cfg, mlp=replace(model.cfg.mlp, kind="bilinear", act=None))
     if linear_norms:  # the last one goes into the unembedding, which then is no longer the embedding
-        cfg = replace(cfg, norm=None, unembed=replace(cfg.unembed, tied=False))
+        cfg = replace(cfg, norm=None, unembed=replace(cfg.unembed, tied=False, norm=None))
     with torch.device("meta"):
         folded = BilinearTransformer(cfg, model.tokenizer, model.source)
     state = {name: weight.clone() for name, weight in model.state_dict().items() if name in folded.state_dict()}
@@ -116,13 +117,23 @@ def fold(model: BilinearTransformer) -> BilinearTransformer:
                 left, right = whole.chunk(2)
                 state[f"{name}.{kind}"] = torch.cat((block.mlp.gate.fold_into(left), right))
         if linear_norms:
-            for norm, reader in ((block.ln1, f"blocks.{layer}.attn.qkv.weight"), (block.ln2, f"{name}.weight")):
-                state[reader] = norm.fold_before(state[reader])
+            _fold_norms(block, f"blocks.{layer}", state)
     if linear_norms:
         state["unembed.weight"] = model.ln_final.fold_before(state["unembed.weight"])
     folded.load_state_dict(state, assign=True)
     folded.ignored_keys = model.ignored_keys
     return folded.train(model.training)
+
+
+def _fold_norms(block: Block, name: str, state: dict[str, Tensor]) -> None:
+    """Fold a block's linear norms into the weights that read them, or that write what they read."""
+    for norm, reader in ((block.ln1, f"{name}.attn.qkv.weight"), (block.ln2, f"{name}.mlp.w.weight")):
+        if isinstance(norm, Blend):
+            state[reader] = norm.fold_before(state[reader])
+    for norm, writer in ((block.ln1_post, f"{name}.attn.o"), (block.ln2_post, f"{name}.mlp.p")):
+        for key in (f"{writer}.weight", f"{writer}.bias"):
+            if isinstance(norm, Blend) and key in state:
+                state[key] = norm.fold_into(state[key])
 
 
 def _new_gates(model: BilinearTransformer, fits: list[LinearFit] | None) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .gates import Blend
+from .layers import NoNorm
 from .mlp import ACTIVATIONS
 from .transformer import BilinearTransformer
 
@@ -116,15 +117,17 @@ def fit_norms(
 
 
 def norms_of(model: BilinearTransformer) -> dict[str, nn.Module]:
-    """Return the norms of a model by name, `blocks.0.ln1` to `ln_final`.
+    """Return the norms of a model's residual stream by name, `blocks.0.ln1` to `ln_final`; not of queries and keys.
 
     Raises:
         ValueError: It has none, or they are being annealed.
     """
     if model.cfg.norm is None:
         raise ValueError("model must have norms to fit, and this one has none")
-    places = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in ("ln1", "ln2")]
+    names = ("ln1", "ln1_post", "ln2", "ln2_post")
+    places = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in names]
     norms = {name: model.get_submodule(name) for name in (*places, "ln_final")}
+    norms = {name: norm for name, norm in norms.items() if not isinstance(norm, NoNorm)}
     if any(isinstance(norm, Blend) for norm in norms.values()):
         raise ValueError("model is being annealed already: its norms are on their way to linear maps")
     return norms

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilens.models.files import atomic_write, fingerprint
-from bilens.models.layers import RMSNorm
 from bilens.models.logits import logit_directions
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, holds_text, layer_of, observed
@@ -276,7 +275,7 @@ def _logit_effects(model: BilinearTransformer, sae: "SAE", hook: str) -> tuple[T
     rows = writers(sae)
     if hook.endswith("hook_mlp_in"):
         norm = model.blocks[layer_of(hook)].ln2
-        rows = rows / norm.weight.detach().to(rows) if isinstance(norm, RMSNorm) and norm.weight is not None else rows
+        rows = rows / norm.affine(rows)[0].detach()
     effects = rows @ logit_directions(model).to(rows).T
     effects -= effects.mean(1, keepdim=True)
     n = min(TOKENS, effects.shape[1] // 2)
