@@ -1,4 +1,4 @@
-"""The command line: find the circuits of a layer, attribute a prompt, look at features."""
+"""The command line: find the circuits of a layer, attribute a prompt, look at features, check a model."""
 
 import argparse
 import contextlib
@@ -31,7 +31,7 @@ SHOWN = 12  # output features in the report's table of the layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `bilens circuits [MODEL]`, `bilens attribute TEXT` or `bilens features [MODEL]`; alone, the first of them."""
+    """Run `bilens circuits`, `bilens attribute`, `bilens features` or `bilens check`; alone, the first of them."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv.insert(0, "circuits")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .circuits.records import plain
 
         print(json.dumps(plain(found), indent=1, allow_nan=False))
-    return 0
+    return 0 if found.get("passed", True) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,8 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--text", help="make cards from this file or Hub dataset instead of reading those stored")
     three.add_argument("--label", help="column of the labels, for the AUROC of each")
     three.add_argument("--folder", type=Path, help="where progress and cards go; a killed run resumes from there")
+    four = commands.add_parser("check", help="self-test of a model: hooks, padding, generation, tensors, degrees")
+    four.add_argument("model", nargs="?", default="bilens-mini", help="bilens-mini, a folder or a Hub repository")
+    four.add_argument("--seed", type=int, default=0, help="of the tokens and the noise")
     for command in (one, two, three):
         command.add_argument("--saes", help="folder of SAEs that bilens.saes.fit wrote (default: the model's own)")
+    for command in (one, two, three, four):
         command.add_argument("--json", action="store_true", help="print JSON, and what is for people on stderr")
     return parser
 
@@ -362,6 +366,26 @@ def choose_cards(
     return islice(cards, n if features is None else None)
 
 
+# -- bilens check -----------------------------------------------------------------------------------------------------
+
+
+def run_check(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
+    """Check that a model's hooks, masks, caches and tensors mean what they say; the exit code tells."""
+    with console.status("loading the model ..."):
+        import torch
+
+        import bilens
+        from bilens.models.selftest import selftest
+        from bilens.report.selftests import print_checks
+
+        model = bilens.load(args.model)
+    with console.status("checking ..."):
+        checks = selftest(model, torch.Generator().manual_seed(args.seed))
+    print_checks(console, args.model, checks)
+    told = [{"check": check.name, "passed": check.passed, "found": check.found} for check in checks]
+    return {"model": args.model, "passed": all(check.passed for check in checks), "checks": told}
+
+
 # -- common parts -----------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +447,7 @@ COMMANDS: "dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]]" =
     "circuits": run_circuits,
     "attribute": run_attribute,
     "features": run_features,
+    "check": run_check,
 }
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def test_bilinear_mlp_is_written_in_the_layout_it_came_from(originals, name, ids
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["tinyllama", "biases", "qwen2"])
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3"])
 def test_annealed_model_is_written_in_the_layout_it_came_from(originals, name, ids, tmp_path):
     model = bilens.models.annealing.prepare(bilens.load(originals(name)[1]))
     bilens.models.annealing.set_alpha(model, 1)
@@ -290,8 +290,10 @@ def test_annealed_model_is_written_in_the_layout_it_came_from(originals, name, i
     assert (folded.unembed.weight is folded.embed.weight) == folded.cfg.unembed.tied
 
 
-def test_folding_the_last_norm_unties_the_embedding(originals, ids):
-    model = bilens.load(originals("qwen2")[1])
+@pytest.mark.parametrize("name", ["qwen2", "olmo2", "gemma3"])
+def test_folding_the_last_norm_unties_the_embedding(originals, name, ids):
+    model = bilens.load(originals(name)[1])
+    assert len(bilens.models.fits.norms_of(model)) == {"qwen2": 7, "olmo2": 7, "gemma3": 13}[name]
     fits = bilens.models.fits.fit_norms(model, ids)
     prepared = bilens.models.annealing.prepare(model, norms=fits)
     bilens.models.annealing.set_alpha(prepared, 1)
@@ -352,7 +354,7 @@ def test_stored_copy_of_a_tied_embedding_must_equal_it(originals, tmp_path):
 # -- grouped heads, biases and windows under the tools ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral", "qwen2", "qwen3"])
 def test_weights_per_head_read_what_the_hooks_show(originals, name, ids):
     model = bilens.load(originals(name)[1], dtype=torch.float64)
     cfg, block = model.cfg, model.blocks[1]
@@ -400,7 +402,7 @@ def test_cache_decomposes_the_residual_stream(originals, name, ids):
     torch.testing.assert_close(with_mid, model.blocks[1].attn.b_O)
 
 
-@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral"])
+@pytest.mark.parametrize("name", ["tinyllama", "biases", "mistral", "qwen3", "olmo2", "gemma2", "gemma3", "nanochat"])
 def test_generation_with_a_cache_is_that_without_also_under_interventions(originals, name, ids):
     model = bilens.load(originals(name)[1], dtype=torch.float64)
     shift = torch.randn(model.cfg.d_head, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -500,6 +502,52 @@ def test_tokenizer_with_an_id_beyond_the_embedding_is_refused(folder):
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen3_moe"}, "got 'qwen3_moe': it is a mixture of experts"),
+        ({"num_experts": 8}, "num_experts must be absent, since a mixture of experts cannot be represented, got 8"),
+        ({"model_type": "gemma3"}, "got 'gemma3': it reads images too"),
+        ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping must be absent"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attention to later positions"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, "attn_logit_softcapping must be absent"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}},
+            "must be by full_attention and",
+        ),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "for each of 3 layers, got ['full_attention']"),
+        ({"model_type": "gemma2", "sliding_window": None}, "sliding_window must be a number, since some layers slide"),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping must be a positive number"),
+        ({"model_type": "gemma2"}, "pre_feedforward_layernorm.weight of shape [32] is missing"),
+        ({"model_type": "qwen3", "head_dim": 8}, "self_attn.q_norm.weight of shape [8] is missing"),
+        ({"model_type": "olmo2"}, "self_attn.q_norm.weight of shape [32] is missing"),
+    ],
+    ids=str,
+)
+def test_what_a_config_asks_for_in_vain_is_refused_by_name(folder, changes, message):
+    edit_config(folder, **changes)
+    assert message in refusal(folder)
+
+
+OLDER = {  # what transformers 4 wrote
+    "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    | {"sliding_window_pattern": 3},
+    "gemma2": {"rope_theta": 1e4, "cache_implementation": "hybrid"},
+    "qwen3": {"rope_theta": 1e4, "rope_scaling": None, "max_window_layers": 3},
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_configs_of_the_families_mean_the_same(originals, name, tmp_path):
+    original, folder = originals(name)
+    original.save_pretrained(tmp_path)
+    edit_config(tmp_path, "rope_parameters", "layer_types", **OLDER[name])
+    model = bilens.load(tmp_path)
+    assert_same(bilens.load(folder), model)
+    assert model.ignored_keys == ()
+    assert transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters == original.config.rope_parameters
 
 
 @pytest.mark.parametrize("changes", [{"base": 0.0}, {"kind": "linear", "factor": -1.0}, {"kind": "yarn"}], ids=str)

@@ -21,6 +21,7 @@ from . import published as published
 from . import ropes as ropes
 from . import rotary as rotary
 from . import schedules as schedules
+from . import selftest as selftest
 from . import sources as sources
 from . import text as text
 from . import transformer as transformer
