@@ -9,24 +9,46 @@ from transformer_lens import ActivationCache, HookedRootModule
 
 NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
-KEY_VALUE_HOOKS = ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")  # their heads are key-value heads
+KEY_VALUE_HOOKS = (
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_rot_k",
+    "attn.hook_k_normalized",
+)  # their heads are key-value heads
 # Shape and meaning of each hook point, by its name within the block.
 HOOK_MEANINGS = {
-    "hook_embed": ("batch seq d_model", "token embeddings, the start of the residual stream"),
-    "hook_resid_pre": ("batch seq d_model", "residual stream entering the block"),
+    "hook_embed": ("batch seq d_model", "token embeddings"),
+    "ln_embed.hook_scale": ("batch seq 1", "root mean square of hook_embed"),
+    "ln_embed.hook_normalized": ("batch seq d_model", "hook_embed / scale, before the norm's gain if it has one"),
+    "hook_embed_normalized": ("batch seq d_model", "token embeddings after their norm, the start of the stream"),
+    "hook_resid_pre": ("batch seq d_model", "residual stream that attention adds to, the stream's start mixed in"),
     "ln1.hook_scale": ("batch seq 1", "root mean square of resid_pre, what the norm divides by"),
     "ln1.hook_normalized": ("batch seq d_model", "resid_pre / scale, before the norm's gain if it has one"),
     "attn.hook_q": ("batch seq head d_head", "queries before rotation"),
     "attn.hook_k": ("batch seq head d_head", "keys before rotation"),
     "attn.hook_v": ("batch seq head d_head", "values"),
+    "attn.hook_v_own": ("batch seq head d_head", "this block's values, before the first block's are mixed in"),
     "attn.hook_rot_q": ("batch seq head d_head", "queries after rotation by position"),
     "attn.hook_rot_k": ("batch seq head d_head", "keys after rotation by position"),
-    "attn.hook_q2": ("batch seq head d_head", "second queries before rotation (bilinear attention)"),
-    "attn.hook_k2": ("batch seq head d_head", "second keys before rotation (bilinear attention)"),
-    "attn.hook_rot_q2": ("batch seq head d_head", "second queries after rotation (bilinear attention)"),
-    "attn.hook_rot_k2": ("batch seq head d_head", "second keys after rotation (bilinear attention)"),
-    "attn.hook_attn_scores": ("batch head query key", "scores before the softmax, -inf where masked"),
-    "attn.hook_pattern": ("batch head query key", "weights of the values, after the softmax"),
+    "attn.hook_q2": ("batch seq head d_head", "second queries before rotation (of a pair)"),
+    "attn.hook_k2": ("batch seq head d_head", "second keys before rotation (of a pair)"),
+    "attn.hook_rot_q2": ("batch seq head d_head", "second queries after rotation (of a pair)"),
+    "attn.hook_rot_k2": ("batch seq head d_head", "second keys after rotation (of a pair)"),
+    "attn.q_norm.hook_scale": ("batch seq ...", "root mean square of hook_q: of each head, or of all as one"),
+    "attn.q_norm.hook_normalized": ("batch seq ...", "hook_q / scale, before the norm's gain if it has one"),
+    "attn.hook_q_normalized": ("batch seq head d_head", "queries after their norm, before rotation"),
+    "attn.k_norm.hook_scale": ("batch seq ...", "root mean square of hook_k: of each head, or of all as one"),
+    "attn.k_norm.hook_normalized": ("batch seq ...", "hook_k / scale, before the norm's gain if it has one"),
+    "attn.hook_k_normalized": ("batch seq head d_head", "keys after their norm, before rotation"),
+    "attn.q2_norm.hook_scale": ("batch seq ...", "root mean square of hook_q2: of each head, or of all as one"),
+    "attn.q2_norm.hook_normalized": ("batch seq ...", "hook_q2 / scale, before the norm's gain if it has one"),
+    "attn.hook_q2_normalized": ("batch seq head d_head", "second queries after their norm, before rotation"),
+    "attn.k2_norm.hook_scale": ("batch seq ...", "root mean square of hook_k2: of each head, or of all as one"),
+    "attn.k2_norm.hook_normalized": ("batch seq ...", "hook_k2 / scale, before the norm's gain if it has one"),
+    "attn.hook_k2_normalized": ("batch seq head d_head", "second keys after their norm, before rotation"),
+    "attn.hook_attn_scores": ("batch head query key", "scores: before a softmax, -inf where masked; else products"),
+    "attn.hook_attn_scores2": ("batch head query key", "second scores before their softmax (differential attention)"),
+    "attn.hook_pattern": ("batch head query key", "what multiplies the values"),
     "attn.hook_z": ("batch seq head d_head", "pattern-weighted sum of values"),
     "attn.hook_result": ("batch seq head d_model", "what each head adds to the residual stream, scale included"),
     "hook_attn_out": ("batch seq d_model", "what attention adds to the residual stream, scale included"),
@@ -41,6 +63,8 @@ HOOK_MEANINGS = {
     "hook_resid_post": ("batch seq d_model", "residual stream leaving the block"),
     "ln_final.hook_scale": ("batch seq 1", "root mean square of the last resid_post"),
     "ln_final.hook_normalized": ("batch seq d_model", "last resid_post / scale, what the unembedding reads"),
+    "ln_final.hook_out": ("batch seq d_model", "the last norm's output, gain and shift included"),
+    "unembed_out_before_cap": ("batch seq vocab", "logits before they are capped"),
 }
 
 
