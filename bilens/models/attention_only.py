@@ -38,7 +38,7 @@ class AttentionOnly(Layout):
     embedding = "embed.weight"
     overridable = ("residual",)
     known = frozenset(READ | UNREAD)
-    archived = True
+    attention_only = archived = True
 
     def __init__(self):
         self.labels = {}
@@ -64,8 +64,8 @@ class AttentionOnly(Layout):
         if _nested(config):
             return None
         return (
-            f"the token ids of this model are GPT-2's modulo {config.get('vocab_size')}: several tokens share each, so "
-            f"they cannot be decoded; give token ids"
+            f"this model has no tokenizer: the ids of the published one are GPT-2's modulo {config.get('vocab_size')}, "
+            f"each of several tokens, so they cannot be decoded; give token ids"
         )
 
     def prepare(

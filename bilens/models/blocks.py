@@ -40,7 +40,7 @@ class Block(nn.Module):
         self, x: Float[Tensor, "batch seq d_model"], frame: Frame, past: KeyValue | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue, Frame]:
         """Return the stream after the block, the keys and values of all positions so far, and the next one's frame."""
-        x = self.hook_resid_pre(self.entering(x, frame))
+        x = self.hook_resid_pre(self.entering(x, frame.start))
         attn_out, past, frame = self.attn(self.ln1(x), frame, past)
         if self.config.interpolate:
             attn_out = attn_out - self.attn.config.scale * x
@@ -50,6 +50,8 @@ class Block(nn.Module):
             x = x + self.hook_mlp_out(self.mlp(self.hook_mlp_in(self.ln2(x))))
         return self.hook_resid_post(x), past, frame
 
-    def entering(self, x: Float[Tensor, "batch seq d_model"], frame: Frame) -> Float[Tensor, "batch seq d_model"]:
-        """Return the stream that attention's output is added to, of what the block before left; no hook sees it."""
-        return x if self.lambdas is None else self.lambdas[0] * x + self.lambdas[1] * frame.start
+    def entering(
+        self, x: Float[Tensor, "*batch d_model"], start: Float[Tensor, "*batch d_model"] | None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return the stream that attention's output is added to, from what the block before left; no hook sees it."""
+        return x if self.lambdas is None else self.lambdas[0] * x + self.lambdas[1] * start

@@ -109,8 +109,6 @@ class Elriggs(Layout):
         squared, paired = next(flags for flags, kind in KINDS.items() if kind == attention.kind)
         keys |= {"squared_attn": squared}
         keys |= {"normalize_pattern": attention.normalize} if attention.kind == "squared" else {"bilinear_attn": paired}
-        if mlp is None:
-            return keys
         double = mlp.kind in ("bilinear", "gated")
         keys |= {"bilinear": double, "gated": mlp.kind == "gated", "squared_mlp": mlp.kind == "squared"}
         return keys | ({"expansion_factor": max(mlp.d_hidden // cfg.d_model, 1)} if double else {})

@@ -68,6 +68,31 @@ HOOK_MEANINGS = {
 }
 
 
+class Cache(ActivationCache):
+    """transformer_lens' cache, which refuses what it takes for granted and some models do not do."""
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """Stack what each component added to the residual stream, as transformer_lens does.
+
+        Raises:
+            ValueError: The model's blocks scale the stream, so that it is not the sum of what was added to it.
+        """
+        self._check_sum()
+        return super().decompose_resid(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """Stack what each head, MLP and the embedding added to the residual stream; errors as `decompose_resid`."""
+        self._check_sum()
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
+    def _check_sum(self) -> None:
+        if self.model.cfg.stream.restart:
+            raise ValueError(
+                "the residual stream of this model is not the sum of what was added to it: its blocks scale it and mix "
+                "in its start; bilens.circuits.sources.sources splits it exactly"
+            )
+
+
 class HookedModel(HookedRootModule):
     """A module with transformer_lens' interface to hooks that refuses names which no hook point has."""
 
@@ -128,7 +153,7 @@ class HookedModel(HookedRootModule):
         out, cache = super().run_with_cache(*model_args, names_filter=names_filter, **kwargs)
         if not return_cache_object:
             return out, cache
-        return out, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+        return out, Cache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
     def check_hook_name(self, name: str | Callable[[str], bool]) -> None:
         """Raise a ValueError if no hook point has that name; predicates on names pass."""

@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         return (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype)
 
     def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """Return `x`: this norm takes nothing away before it divides."""
+        """Return `x` itself: nothing is taken away before the norm divides."""
         return x
 
     def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
@@ -146,7 +146,7 @@ class ConstantNorm(nn.Module):
         return (self.energy + self.eps).sqrt().to(x.dtype).expand(*x.shape[:-1], 1)
 
     def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """Return `x`: this norm takes nothing away before it divides."""
+        """Return `x` itself: nothing is taken away before the norm divides."""
         return x
 
     def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
@@ -171,7 +171,7 @@ class NoNorm(nn.Module):
         return torch.ones_like(x[..., :1])
 
     def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """Return `x`: this norm takes nothing away before it divides."""
+        """Return `x` itself: nothing is taken away before the norm divides."""
         return x
 
     def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:

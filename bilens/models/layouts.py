@@ -31,6 +31,7 @@ class Layout(ABC):
     labels: dict[str, Any]  # config keys that name the format
     known: frozenset[str]  # config keys that are read, or that change nothing of what the model computes
     overridable: tuple[str, ...] = ()  # config keys that a user may set against a checkpoint
+    attention_only: bool = False  # whether its models have no MLPs
     archived: bool = False  # whether its publishers have torch archives only, no safetensors
 
     @abstractmethod
@@ -87,6 +88,8 @@ class Layout(ABC):
 
     def expresses(self, cfg: BilinearConfig) -> bool:
         """Tell whether a config of this format can say what the model computes."""
+        if (cfg.mlp is None) != self.attention_only:
+            return False
         try:
             return self.shape(self.keys(cfg), cfg.d_vocab, Path("config.json")) == cfg
         except CheckpointError:  # an activation that no model of this format has

@@ -55,6 +55,11 @@ class BilinearConfig:
     device = None
 
     @property
+    def start_hook(self) -> str:
+        """The hook point that sees what enters the first block."""
+        return "hook_embed" if self.embed.norm is None else "hook_embed_normalized"
+
+    @property
     def rereads(self) -> bool:
         """Whether blocks read the start of the stream, or the first block's values, beside the stream itself."""
         return self.stream.restart or self.attention.value_residual
@@ -122,7 +127,7 @@ class BilinearTransformer(Generation):
                 entropy, in nats, of each token given those before it, over unmasked pairs of neighbours.
             attention_mask: 1 at tokens, 0 at padding, on either side: a padded row gives at its tokens what it gives
                 alone. Values at padding positions are finite and mean nothing.
-            start_at_layer: First block to run, on a residual stream as input.
+            start_at_layer: First block to run, on what the block before it left (`hook_resid_post`).
             stop_at_layer: Stop before this block (negative: from the end) and return the residual stream there.
             tokens: With `start_at_layer`, the token ids that a loss needs, and a model whose later blocks read the
                 start of the stream or the first block's values again (then computed without hooks).
@@ -165,6 +170,11 @@ class BilinearTransformer(Generation):
         x = self.hook_embed(self.embed(tokens))
         return x if self.cfg.embed.norm is None else self.hook_embed_normalized(self.ln_embed(x))
 
+    def embedded(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
+        """Return what `stream_start` does, of tokens in any shape; no hook sees it."""
+        x = self.embed(tokens)
+        return x if self.cfg.embed.norm is None else _unseen(self.ln_embed, x)
+
     def _reread(self, frame: Frame, x: Tensor, tokens: Tensor | None, start: int) -> Frame:
         """Add to a frame what blocks read again, for a run that starts with `x` at block `start`."""
         if start == 0:
@@ -174,11 +184,9 @@ class BilinearTransformer(Generation):
                 f"tokens must be given with start_at_layer={start}: this model's blocks read the start of the stream, "
                 f"or the first block's values, again"
             )
-        first = self.blocks[0]
-        x = self.embed(tokens.to(x.device)).to(x.dtype)
-        x = x if self.cfg.embed.norm is None else _unseen(self.ln_embed, x)
-        frame = replace(frame, start=x)
-        return replace(frame, values=first.attn.own_values(_unseen(first.ln1, first.entering(x, frame))))
+        first, begun = self.blocks[0], self.embedded(tokens.to(x.device)).to(x.dtype)
+        read = _unseen(first.ln1, first.entering(begun, begun))
+        return replace(frame, start=begun, values=first.attn.own_values(read))
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, as `nn.Module` does; a tied unembedding stays the embedding's own parameter."""
