@@ -20,7 +20,7 @@ import bilens
 from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig
 
 SPECIAL = 3  # tokens that are no words: [UNK], [BOS], [EOS]
-PERIODS = (6, 24)  # how many random tokens are repeated: at least, and fewer than
+PERIODS = (6, 20)  # how many random tokens are repeated: at least, and fewer than
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,12 +28,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="file with a column `text`, or a Hub dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32, help="windows per step, half of each kind")
-    parser.add_argument("--context", type=int, default=48)
-    parser.add_argument("--texts", type=int, default=3000, help="stories to read")
-    parser.add_argument("--vocab", type=int, default=512)
-    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=16, help="windows per step, half of each kind")
+    parser.add_argument("--context", type=int, default=40)
+    parser.add_argument("--texts", type=int, default=2000, help="stories to read")
+    parser.add_argument("--vocab", type=int, default=256)
+    parser.add_argument("--d-model", type=int, default=48)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak rate")
     parser.add_argument("--seed", type=int, default=0)

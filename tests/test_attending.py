@@ -1,12 +1,17 @@
 """Heads: forms of scores and maps of values equal the module; the terms of scores sum to what the model computes."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from huggingface_hub import constants
 from sae_lens import TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file
 
+import bilens
 from bilens import NormConfig
 from bilens.circuits import top_attention, top_writing, why_attend
-from bilens.models.attention import QKNormConfig
+from bilens.models.attention import ROW_EPS, QKNormConfig
 from bilens.models.rotary import Rope
 
 GAIN = NormConfig(gain=True)
@@ -36,9 +41,9 @@ def model(request, make_model):
     return make_model(**VARIANTS[request.param])
 
 
-def random_sae(hook, k=6, seed=0, dtype="float64"):
+def random_sae(hook, k=6, seed=0, dtype="float64", d_in=16):
     generator = torch.Generator().manual_seed(seed)
-    sae = TopKSAE(TopKSAEConfig(d_in=16, d_sae=40, k=k, dtype=dtype))
+    sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=40, k=k, dtype=dtype))
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
@@ -234,7 +239,7 @@ def test_a_silent_dictionary_leaves_everything_to_error_and_bias(make_model):
 
 def test_bad_questions_are_refused(make_model):
     model, sae = make_model(window=3), random_sae("blocks.1.hook_resid_pre")
-    with pytest.raises(ValueError, match=r"inp must be an SAE at blocks.0.hook_resid_pre or blocks.0.ln1"):
+    with pytest.raises(ValueError, match=r"inp must be an SAE at blocks\.0\.hook_resid_pre or blocks\.0\.ln1"):
         why_attend(model, TEXTS, 0, inp=sae)
     with pytest.raises(ValueError, match="layer must lie between 0 and 1, got 2"):
         why_attend(model, TEXTS, 2, inp=sae)
@@ -355,13 +360,73 @@ def test_bad_rankings_are_refused(make_model, unchecked):
     model, sae = make_model(attention="differential"), random_sae("blocks.1.hook_resid_pre")
     with pytest.raises(ValueError, match="branch must be 0 or 1 for differential attention"):
         top_attention(model, 1, 5, sae)
-    with pytest.raises(ValueError, match="key must be an SAE at blocks.1.hook_resid_pre"):
+    with pytest.raises(ValueError, match=r"key must be an SAE at blocks\.1\.hook_resid_pre"):
         top_attention(model, 1, 5, sae, random_sae("blocks.0.hook_resid_pre"), branch=1)
     with pytest.raises(ValueError, match=r"query must have shape \[n, 16\] \(d_model\), got \[3, 5\]"):
         top_attention(model, 1, 5, torch.zeros(3, 5), branch=1)
     with pytest.raises(ValueError, match="head must lie between 0 and 1, got 7"):
         top_attention(model, 1, 5, sae, head=7, branch=0)
-    with pytest.raises(ValueError, match="out must be an SAE at blocks.1.hook_attn_out or"):
+    with pytest.raises(ValueError, match=r"out must be an SAE at blocks\.1\.hook_attn_out or"):
         top_writing(model, 1, 5, sae, random_sae("blocks.1.hook_mlp_in"))
     with pytest.raises(ValueError, match="layer must lie between 0 and 1, got 5"):
         top_writing(model, 5, 5, sae, sae)
+
+
+# -- the authors' models ----------------------------------------------------------------------------------------------
+
+
+FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "elriggs-format"
+FOLDERS = (
+    *("attn-only-batchnorm", "attn-only-tok0", "bilinear", "bilinear-sqrd-attn-one-branch", "differential-attn"),
+    *("bilinear-sqrd-attn-one-branch-raw", "bilinear-sqrd-attn-two-branch", "relu2", "sqrd-attn-one-branch"),
+    *("squared-mlp", "swiglu", "swiglu-sqrd-attn-two-branch"),
+)
+TABLES = {"expected": "float32", "expected_bf16_tables": "bfloat16", "expected_lerp": None}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_terms_sum_to_every_score_of_the_authors_models(name, tmp_path, monkeypatch):
+    if not (FIXTURES / name).is_dir():
+        pytest.skip(f"the authors' files are not here: {FIXTURES / name}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))  # beside which copies are written
+    for file, tables in TABLES.items():
+        if not (FIXTURES / name / f"{file}.safetensors").is_file():
+            continue
+        overrides = {} if name.startswith("attn-only") else {"rotary_dtype": tables}
+        overrides = {"residual": "lerp"} if tables is None else overrides
+        model, seen = (
+            bilens.load(FIXTURES / name, overrides=overrides),
+            load_file(FIXTURES / name / f"{file}.safetensors"),
+        )
+        ids = seen["input_ids"].long()
+        for layer in range(model.cfg.n_layers):
+            hook = f"blocks.{layer}.hook_resid_pre"
+            narrow = why_attend(model, ids, layer, inp=random_sae(hook, dtype="float32", d_in=model.cfg.d_model))
+            assert narrow.miss.max() < 1e-5
+            compare_with_authors(model, narrow, seen, layer)
+        model = model.double()
+        for layer in range(model.cfg.n_layers):
+            sae = random_sae(f"blocks.{layer}.hook_resid_pre", d_in=model.cfg.d_model)
+            assert why_attend(model, ids, layer, inp=sae).miss.max() < 1e-12
+
+
+def compare_with_authors(model, found, seen, layer):
+    """Scores, and the pattern that they make, where the authors' values are known; to 1e-5 of the head's largest."""
+    attn, start, n = model.blocks[layer].attn, f"blocks.{layer}.attn.hook", seen["input_ids"].shape[1]
+    tables = torch.zeros(attn.branches, 2, model.cfg.n_heads, n, n, dtype=torch.float64)
+    tables[:, found.row, :, found.query.position, found.key.position] = found.scores.transpose(0, 1)
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    for branch, table in enumerate(tables):
+        names = [f"{start}_rot_{side}{2 if branch else ''}" for side in ("q", "k")]
+        if all(name in seen for name in names):
+            at = torch.einsum("bqhd,bkhd->bhqk", *(seen[name].double() for name in names)) * attn.config.factor
+            assert ((table - at * causal).abs().amax((0, 2, 3)) / at.abs().amax((0, 2, 3))).max() < 1e-5
+    if f"{start}_pattern" in seen:
+        soft = tables.masked_fill(~causal, -torch.inf).softmax(-1)
+        made = {"softmax": soft[0], "squared": tables[0].square(), "bilinear": tables.prod(0)}
+        if attn.config.kind == "differential":
+            made["differential"] = soft[0] - attn.lamb2.double() * soft[1]
+        made = made[attn.config.kind]
+        made = made / (made.sum(-1, keepdim=True) + ROW_EPS) if attn.config.normalize else made
+        at = seen[f"{start}_pattern"].double()
+        assert ((made - at).abs().amax((0, 2, 3)) / at.abs().amax((0, 2, 3))).max() < 1e-5
