@@ -403,11 +403,19 @@ def test_the_terms_sum_to_every_score_of_the_authors_models(name, tmp_path, monk
             hook = f"blocks.{layer}.hook_resid_pre"
             narrow = why_attend(model, ids, layer, inp=random_sae(hook, dtype="float32", d_in=model.cfg.d_model))
             assert narrow.miss.max() < 1e-5
+            assert relative(narrow) < 1e-5
             compare_with_authors(model, narrow, seen, layer)
         model = model.double()
         for layer in range(model.cfg.n_layers):
             sae = random_sae(f"blocks.{layer}.hook_resid_pre", d_in=model.cfg.d_model)
-            assert why_attend(model, ids, layer, inp=sae).miss.max() < 1e-12
+            wide = why_attend(model, ids, layer, inp=sae)
+            assert wide.miss.max() < 1e-12
+            assert relative(wide) < 1e-12
+
+
+def relative(found):
+    """How far the sums are from the running model, relative to the head's largest score."""
+    return ((found.scores - found.measured).abs() / found.measured.abs().amax(1, keepdim=True)).max()
 
 
 def compare_with_authors(model, found, seen, layer):

@@ -81,9 +81,9 @@ class Attending:
 
     @property
     def total(self) -> Float[Tensor, "pair head"]:
-        """What `hook_attn_scores` sees there (before a soft cap): the score, the product of two, or the square of one.
+        """What `hook_attn_scores` sees there: the score, the product of two, or the square of one.
 
-        Of a difference of two softmaxes it is the first one's score.
+        Of a difference of two softmaxes it is the first one's score; of scores with a soft cap, what the cap is put on.
         """
         scores = self.scores
         if self.kind == "bilinear":
@@ -141,7 +141,7 @@ class Attending:
         return f"Attending({what}, sum within {self.miss.max().item():.1e}{first})"
 
 
-# nine parameters: what is looked at is a layer, heads, and two positions
+# eight parameters: what is looked at is a layer, heads, and two positions
 @torch.no_grad()
 def why_attend(
     model: BilinearTransformer,
