@@ -57,7 +57,8 @@ def tiny_tokenizer() -> Tokenizer:
 
 FLAT = {  # what a test says of a part in a word, and the part's own field
     "attention": {"attention": "kind", "attn_scale": "scale", "attn_bias": "bias"}
-    | {name: name for name in ("n_heads", "n_key_value_heads", "window", "rope")},
+    | {name: name for name in ("n_heads", "n_key_value_heads", "window", "rope")}
+    | {name: name for name in ("score_scale", "qk_norm", "normalize", "value_residual")},
     "mlp": {"mlp": "kind", "act": "act", "mlp_bias": "bias", "d_hidden": "d_hidden"},
     "unembed": {"tied": "tied"},
 }
@@ -93,7 +94,7 @@ def make_model(tiny_tokenizer):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                spread = 1.0 if parameter.ndim == 1 or name == "embed.weight" else parameter.shape[-1] ** -0.5
+                spread = 1.0 if parameter.ndim < 2 or name == "embed.weight" else parameter.shape[-1] ** -0.5
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(spread * noise)
         return model

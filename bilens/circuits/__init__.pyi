@@ -1,3 +1,4 @@
+from . import attending as attending
 from . import attribution as attribution
 from . import bigrams as bigrams
 from . import candidates as candidates
@@ -9,6 +10,7 @@ from . import edits as edits
 from . import effects as effects
 from . import findings as findings
 from . import groups as groups
+from . import headpairs as headpairs
 from . import layer as layer
 from . import lowrank as lowrank
 from . import marks as marks
@@ -31,6 +33,7 @@ from . import trial as trial
 from . import turning as turning
 from . import verdict as verdict
 from . import virtual as virtual
+from .attending import why_attend as why_attend
 from .circuit import Circuit as Circuit
 from .couplings import couple as couple
 from .couplings import negation_couplings as negation_couplings
@@ -38,6 +41,8 @@ from .couplings import test_coupling as test_coupling
 from .discovery import search as search
 from .findings import Finding as Finding
 from .findings import describe as describe
+from .headpairs import top_attention as top_attention
+from .headpairs import top_writing as top_writing
 from .layer import FeatureLayer as FeatureLayer
 from .negating import Negation as Negation
 from .negating import negation as negation

@@ -128,8 +128,8 @@ def attribute(
     norm = NoNorm() if hook.endswith("mlp_in") else model.blocks[layer].ln2
     pieces = []
     for some in in_pieces(x):
-        features, z = _active(inp, x[some])
-        parts = with_unit(_feature_parts(inp, x[some], features, z), *norm.linear(x[some]))
+        features, z = active_features(inp, x[some])
+        parts = with_unit(feature_parts(inp, x[some], features, z), *norm.linear(x[some]))
         pieces.append((features, z, pair_terms(read.matrix, parts) * scale[some, None, None]))
     n = max(features.shape[1] for features, _, _ in pieces)
     missing = [n - features.shape[1] for features, _, _ in pieces]
@@ -171,7 +171,7 @@ def _target(
     return Target.direction(direction) if token is None else Target.token(model, token)
 
 
-def _active(sae: SAE, x: Tensor) -> tuple[Int[Tensor, "position active"], Float[Tensor, "position active"]]:
+def active_features(sae: SAE, x: Tensor) -> tuple[Int[Tensor, "position active"], Float[Tensor, "position active"]]:
     """Return the ids (ascending, then -1) and activations (then 0) of the features that are active."""
     z = sae.encode(x.to(sae.W_dec)).to(x)
     n = int((z != 0).sum(1).max())
@@ -182,7 +182,7 @@ def _active(sae: SAE, x: Tensor) -> tuple[Int[Tensor, "position active"], Float[
     return ids.masked_fill(padding, -1), z.gather(1, ids.clamp(max=beyond - 1)).masked_fill(padding, 0)
 
 
-def _feature_parts(sae: SAE, x: Tensor, features: Tensor, z: Tensor) -> Float[Tensor, "position part d_model"]:
+def feature_parts(sae: SAE, x: Tensor, features: Tensor, z: Tensor) -> Float[Tensor, "position part d_model"]:
     """Write x as a sum of decoder bias, error and one part per active feature, in this order."""
     written = writers(sae).to(x.device)[features.clamp(min=0)].to(x) * z[..., None]
     bias = sae.b_dec.detach().to(x).expand_as(x)

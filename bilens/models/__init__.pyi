@@ -17,6 +17,7 @@ from . import layouts as layouts
 from . import llama as llama
 from . import logits as logits
 from . import mlp as mlp
+from . import projections as projections
 from . import published as published
 from . import ropes as ropes
 from . import rotary as rotary

@@ -11,7 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from bilens.tensor.forms import BilinearForm, LinearMap
+
 from .layers import NormConfig, make_norm
+from .projections import Projection, rotated
 from .rotary import Angles, Rope, rotate
 
 # Keys are twice as wide as values in bilinear attention; more positions go out than came in.
@@ -283,6 +286,92 @@ class Attention(nn.Module):
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias, the attention scale included; zero if there is none."""
         return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.config.scale * self.o.bias
+
+    @property
+    def branches(self) -> int:
+        """How many different scores there are: two where there are second queries and keys."""
+        return 2 if self.config.kind in PAIRED else 1
+
+    def projections(self, branch: int = 0) -> tuple[Projection, Projection]:
+        """Return how the heads make queries and keys, those of one branch.
+
+        Raises:
+            ValueError: There is no such branch.
+        """
+        if not 0 <= branch < self.branches:
+            raise ValueError(f"branch must lie between 0 and {self.branches - 1}, got {branch}")
+        biases, made = self._biases(), []
+        for part, side in enumerate(("q2", "k2") if branch else ("q", "k"), 2 * branch):
+            weight = self.qkv.weight.split(self.widths)[part].unflatten(0, (-1, self.config.d_head)).mT
+            bias = None if biases is None else biases.split(self.widths)[part].unflatten(0, (-1, self.config.d_head))
+            norm = self.config.qk_norm
+            own = make_norm(None, 1) if norm is None else getattr(self, f"{side}_norm")
+            full = norm is not None and norm.over == "full"
+            made.append(Projection(weight, bias, own, full, self.config.n_heads // len(weight)))
+        return made[0], made[1]
+
+    def score_tensor(self, head: int, distance: int | None = 0, branch: int = 0) -> BilinearForm:
+        """Return a head's score as a bilinear form of what attention reads at two positions, `distance` apart.
+
+        `score = x_queryᵀ W_Q R W_Kᵀ x_key · factor`, with R the rotation between the two positions: exactly
+        `hook_attn_scores` of a softmax without a cap. Where queries and keys are normalised, the form is over the two
+        roots that they are divided by, `Projection.divisor`; their gains are in it. Biases are constant legs.
+
+        The pattern of `"bilinear"` heads is the product of the forms of branches 0 and 1, that of `"squared"` heads the
+        square of their form, that of `"differential"` ones a difference of the two softmaxes.
+
+        Args:
+            head: Which head.
+            distance: Position of the query less that of the key; `None` leaves out the rotation: the content alone.
+                Where rotary tables are rounded, it is the query's position, with the key at 0.
+            branch: Which scores, where there are two.
+
+        Raises:
+            ValueError: No such head or branch, a negative distance, or a norm of queries and keys with a shift.
+        """
+        self._check_head(head)
+        if distance is not None and distance < 0:
+            raise ValueError(f"distance must not be negative (a key lies before its query), got {distance}")
+        sides, config = [], self.config
+        for projection, position in zip(self.projections(branch), (distance, 0), strict=True):
+            if projection.shift() is not None:
+                raise ValueError("the norm of queries and keys must have no shift for score_tensor, but it has one")
+            weight, bias = projection.folded()
+            rows = torch.cat((weight[head], bias[head][None]))
+            if distance is not None:
+                where = torch.full((1, 1), position, device=rows.device)
+                rows = rotated(rows, config.rope.angles(where, config.d_head, rows.dtype))
+            sides += [rows[:-1].T, rows[-1]]
+        query, query_bias, key, key_bias = sides
+        biases = () if self._biases() is None else (config.factor * query_bias, key_bias)
+        return BilinearForm.from_weights(config.factor * query, key, *biases)
+
+    def ov(self, head: int, first: "Attention | None" = None) -> LinearMap:
+        """Return what a head writes of what attention reads where it attends to, as a linear map: `W_O (W_V x + b_V)`.
+
+        `hook_result` of the head is the sum of this over positions, weighed by `hook_pattern`. With a value residual
+        that is the share of the head's own values, `1 - λ` of them; the rest is `ov(head, first)` of what the first
+        block's attention reads there.
+
+        Args:
+            head: Which head.
+            first: The first block's attention, for the share of its values.
+
+        Raises:
+            ValueError: No such head, or `first` without a value residual.
+        """
+        self._check_head(head)
+        if first is not None and self.lamb is None:
+            raise ValueError("first must be None: values are not mixed with the first block's in this model")
+        source, share = (self, 1.0) if self.lamb is None else (self, 1 - self.lamb)
+        if first is not None:
+            source, share = first, self.lamb
+        bias = None if source.qkv.bias is None else share * source.b_V[head]
+        return LinearMap.from_weights(self.W_O[head].T, share * source.W_V[head].T, bias)
+
+    def _check_head(self, head: int) -> None:
+        if not 0 <= head < self.config.n_heads:
+            raise ValueError(f"head must lie between 0 and {self.config.n_heads - 1}, got {head}")
 
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], frame: Frame, past: KeyValue | None = None

@@ -3,9 +3,11 @@ from . import comparison as comparison
 from . import decompositions as decompositions
 from . import defaults as defaults
 from . import factorizations as factorizations
+from . import forms as forms
 from . import interactions as interactions
 from . import outputs as outputs
 from . import polynomials as polynomials
+from . import products as products
 from . import spectra as spectra
 from . import statistics as statistics
 from . import toys as toys

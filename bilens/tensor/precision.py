@@ -15,6 +15,14 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def product_roundoff() -> float:
+    """Return what a product of float32 numbers may take from each, relative to it.
+
+    A faster mode of float32 products keeps as few bits as bfloat16 (`torch.set_float32_matmul_precision`).
+    """
+    return 2.0**-24 if torch.get_float32_matmul_precision() == "highest" else 2.0**-8
+
+
 @cache
 def product_rates(device: torch.device) -> dict[torch.dtype, float]:
     """Measure matrix products in each of `SCREENS`, in floating-point operations per second; once for each process.

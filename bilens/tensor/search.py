@@ -5,13 +5,32 @@ out when `size + slack` stays below the floor, which k others surely reach with 
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .candidates import Pool, in_order
-from .coefficients import Coefficients
-from .scaled import Scaled
+
+
+@runtime_checkable
+class Screened(Protocol):
+    """What is screened: `|½ coefficient| = 2 ** exponent · size`."""
+
+    exponent: int
+    n_in: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+@runtime_checkable
+class Exact(Protocol):
+    """Coefficients that are computed in float64 where they are asked for."""
+
+    wide: bool
+
+    def __call__(self, out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Compute coefficients by the indices of their three features."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +54,8 @@ class Wanted:
 class Search:
     """One ranking: the layer as it is screened, its coefficients as they are, and what was verified so far."""
 
-    layer: Scaled
-    coefficients: Coefficients
+    layer: Screened
+    coefficients: Exact
     wanted: Wanted
     tally: dict = field(default_factory=lambda: {"verified": 0, "bound": 0.0, "error": 0.0})
 

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .budget import Plan, Space
-from .scaled import FLOAT32_ROUNDOFF, Scaled
+from .precision import product_roundoff
+from .scaled import Scaled
 
 
 class Streamed:
@@ -46,8 +47,7 @@ class Streamed:
 
     def _error(self, M: Tensor, readers: Tensor | None, weights: Tensor) -> Float[Tensor, " n"]:
         """Bound what the sums in float32 took: 4 sqrt(terms) roundoffs of what is summed and of the sum."""
-        # a faster mode of float32 products keeps as few bits as bfloat16
-        roundoff = FLOAT32_ROUNDOFF if torch.get_float32_matmul_precision() == "highest" else 2.0**-8
+        roundoff = product_roundoff()
         # each term weighs a rank-one matrix, of norm |left_h| |right_h|
         size = torch.linalg.vector_norm(weights * self.term_norm, dim=1) + torch.linalg.vector_norm(M, dim=(1, 2))
         error = self.layer.hidden**0.5 * size
