@@ -17,8 +17,12 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from test_circuits import random_sae
+from test_loading_saes import write_scope
 
 import bilens
+from bilens import saes
+from bilens.circuits import FeatureLayer
 
 MODEL = "tdooms/ts-tiny-test"
 
@@ -62,8 +66,10 @@ class Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         if url.path == "/api/models":
             return self.answer_listing(parse_qs(url.query)["author"][0])
-        repo, revision, file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path).groups()
         hub = self.server.hub
+        if tree := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", url.path):
+            return self.answer_tree(*tree.groups())
+        repo, revision, file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path).groups()
         hub.asked.append(f"{self.command} {repo} {revision} {file}")
         if repo in hub.errors or repo not in hub.repos:
             return self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
@@ -91,6 +97,17 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         return self.answer(200, headers, data)
+
+    def answer_tree(self, repo, revision):
+        hub = self.server.hub
+        hub.asked.append(f"{self.command} {repo} {revision} tree")
+        if repo in hub.errors or repo not in hub.repos:
+            return self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
+        if revision not in hub.repos[repo]:
+            return self.answer_error(404, "RevisionNotFound")
+        files = hub.repos[repo][revision].items()
+        listed = [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files]
+        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
 
     def answer_listing(self, author):
         if self.server.hub.listing_breaks:
@@ -407,3 +424,68 @@ except FileNotFoundError as error:
     again = bilens.load(tmp_path / "out")
     assert_same(model, again)
     assert again.tokenizer.to_str() == model.tokenizer.to_str()
+
+
+# -- SAEs -------------------------------------------------------------------------------------------------------------
+
+SCOPE = "tdooms/ts-tiny-test-scope"
+
+
+def scope_files(folder, names, seed=0):
+    """The files of random SAEs in the published layout."""
+    for number, name in enumerate(names):
+        write_scope(folder, name, seed=seed + number)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_a_layer_is_put_between_saes_from_the_hub(hub, model, tmp_path, offline):
+    names = ("1-mlp-out-x2-k6", "1-resid-mid-x2-k9")
+    first = scope_files(tmp_path / "one", names)
+    second = scope_files(tmp_path / "two", names, seed=5)
+    old = hub.commit(SCOPE, first)
+    hub.commit(SCOPE, second)
+    there = saes.catalogue(SCOPE)
+    assert [(one.name, one.size) for one in there] == [
+        (name, len(second[f"{name}/model.safetensors"])) for name in names
+    ]
+    lens = FeatureLayer.load(model, 1, SCOPE)
+    assert torch.equal(lens.writers, FeatureLayer.load(model, 1, tmp_path / "two").writers)
+    before = FeatureLayer.load(model, 1, SCOPE, revision=old)
+    assert torch.equal(before.writers, FeatureLayer.load(model, 1, tmp_path / "one").writers)
+    offline()
+    again = FeatureLayer.load(model, 1, SCOPE)
+    assert torch.equal(again.readers, lens.readers)
+    assert "in the local cache" in repr(saes.catalogue(SCOPE))
+    named = FeatureLayer.load(model, 1, SCOPE, inp=names[1], out=names[0], revision=old)
+    assert torch.equal(named.readers, before.readers)
+    with pytest.raises(FileNotFoundError, match="tdooms/other is not in the local cache and the Hub cannot be reached"):
+        saes.catalogue("tdooms/other")
+
+
+def test_what_the_hub_does_not_have_is_said(hub, model, tmp_path):
+    hub.commit(SCOPE, scope_files(tmp_path, ["0-mlp-out-x2-k6", "1-mlp-in-x2-k6"]))
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a repository on the Hub"):
+        FeatureLayer.load(model, 1, "tdooms/ts-tiny-test-scoop")
+    with pytest.raises(FileNotFoundError, match="has no revision 'v9'"):
+        FeatureLayer.load(model, 1, SCOPE, revision="v9")
+    with pytest.raises(
+        ValueError, match=r"has no SAE at blocks.1.hook_mlp_out, for out; the nearest\n(.|\n)*0-mlp-out"
+    ):
+        FeatureLayer.load(model, 1, SCOPE)
+    with pytest.raises(FileNotFoundError, match="has no SAE '1-mlp-out-x2-k7'; it has 2, the nearest: "):
+        FeatureLayer.load(model, 1, SCOPE, out="1-mlp-out-x2-k7")
+
+
+def test_saes_of_saelens_in_any_repository_are_found_by_their_configs(hub, model, tmp_path):
+    for seed, hook in enumerate(("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out")):
+        saes.save(random_sae(hook, seed=seed).float(), tmp_path / f"sae-{seed}")
+    files = {
+        path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()
+    }
+    old = hub.commit("someone/saes", files)
+    hub.commit("someone/saes", {})
+    with pytest.raises(ValueError, match="has no SAE at"):
+        FeatureLayer.load(model, 1, "someone/saes")
+    lens = FeatureLayer.load(model, 1, "someone/saes", revision=old)
+    assert torch.equal(lens.writers, FeatureLayer.load(model, 1, tmp_path).writers)
+    assert FeatureLayer.load(model, 1, "someone/saes", inp="sae-0", out="sae-1", revision=old).layer == 1

@@ -30,7 +30,7 @@ HOMES = {  # third parties that stay in one place
         *(f"models.{room}" for room in ("attention", "mlp", "layers", "transformer", "hooks", "generation")),
         "images.classifiers",
     },
-    "sae_lens": {"saes.stored", "saes.fitting"},
+    "sae_lens": {"saes.arrays", "saes.stored", "saes.fitting"},
     "huggingface_hub": {"models.sources", "saes.listing"},
     "plotly": {
         "report.figures",

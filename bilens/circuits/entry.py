@@ -55,10 +55,14 @@ class Entry:
             return like.new_ones(like.shape[-1]), like.new_zeros(like.shape[-1])
         return self.norm.affine(like)
 
-    def enter(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Return what enters the MLP."""
+    def enter(
+        self, x: Float[Tensor, "*batch d_model"], factor: Float[Tensor, ""] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return what enters the MLP, with `factor` for `1 / rms` if it is given."""
+        if self.hook.endswith(MLP_IN):
+            return x
         gain, shift = self.affine(x)
-        return x / self.rms(x) * gain + shift
+        return (x / self.rms(x) if factor is None else x * factor) * gain + shift
 
     def linear(self, x: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"]]:
         """Return factor and shift: what enters the MLP is `factor * x + shift`, exactly."""

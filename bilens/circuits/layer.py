@@ -247,13 +247,24 @@ class FeatureLayer:
         x = self._seen.seen_at(self._entry, x.to(self.writers))
         return scale_of(self.inp, x).written / self._entry.rms(x)
 
-    def entering(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Return what enters the MLP.
+    def rms(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """Return what the norm between `hook_in` and the MLP divides by, `sqrt(mean(x²) + eps)`; 1 where none is.
 
         Args:
             x: What `hook_in` sees.
         """
-        return self._seen.enter(x.to(self.writers)).detach()
+        return self._seen.rms(x.to(self.writers))
+
+    def entering(
+        self, x: Float[Tensor, "*batch d_model"], factor: Float[Tensor, ""] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return what enters the MLP.
+
+        Args:
+            x: What `hook_in` sees.
+            factor: Taken for `1 / rms` at every position, in place of what is measured.
+        """
+        return self._seen.enter(x.to(self.writers), factor).detach()
 
     def outputs(
         self, x: Float[Tensor, "*batch d_model"], y: Float[Tensor, "*batch d_model"]

@@ -1,3 +1,4 @@
+from .arrays import of_arrays as of_arrays
 from .cards import FILE as FILE
 from .cards import Card as Card
 from .cards import FeatureCards as FeatureCards
@@ -22,6 +23,7 @@ from .naming import label_of as label_of
 from .peaks import Contexts as Contexts
 from .peaks import ContextTally as ContextTally
 from .peaks import contexts as contexts
+from .quadratic import BilinearAutoencoder as BilinearAutoencoder
 from .roles import ROLES as ROLES
 from .roles import Roles as Roles
 from .roles import names_of as names_of

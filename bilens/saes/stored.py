@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bilens.models.files import atomic_write
 from bilens.models.sources import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
 
+from .arrays import ArraySAE  # noqa: F401 - SAELens must know the kind to load one
 from .listing import list_files
 
 SCOPE_FILES = ("config.json", "model.safetensors")
