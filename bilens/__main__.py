@@ -1,4 +1,4 @@
-"""The command line: find the circuits of a layer, attribute a prompt, look at features."""
+"""The command line: find the circuits of a layer, attribute a prompt, look at features, make their cards."""
 
 import argparse
 import contextlib
@@ -31,7 +31,7 @@ SHOWN = 12  # output features in the report's table of the layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `bilens circuits [MODEL]`, `bilens attribute TEXT` or `bilens features [MODEL]`; alone, the first of them."""
+    """Run `bilens circuits`, `bilens attribute TEXT`, `bilens features` or `bilens cards`; alone, the first of them."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv.insert(0, "circuits")
@@ -89,9 +89,20 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--text", help="make cards from this file or Hub dataset instead of reading those stored")
     three.add_argument("--label", help="column of the labels, for the AUROC of each")
     three.add_argument("--folder", type=Path, help="where progress and cards go; a killed run resumes from there")
-    for command in (one, two, three):
-        command.add_argument("--saes", help="folder of SAEs that bilens.saes.fit wrote (default: the model's own)")
+    four = commands.add_parser("cards", help="make the cards of the SAEs of a layer, for the other commands to find")
+    four.add_argument("model", help="bilens-mini, a folder or a Hub repository")
+    four.add_argument("--layer", type=int, required=True)
+    four.add_argument("--text", required=True, help="a file, or a Hub dataset such as roneneldan/TinyStories")
+    four.add_argument("--label", help="column of the labels, for the AUROC of each")
+    four.add_argument("--most", type=int, default=10_000, help="texts to read")
+    for command in (one, two, three, four):
+        where = "folder, Hub repository or SAELens release (default: the model's own)"
+        command.add_argument("--saes", help=f"where the SAEs are: a {where}")
+        command.add_argument("--revision", help="branch, tag or commit of the SAEs' Hub repository")
         command.add_argument("--json", action="store_true", help="print JSON, and what is for people on stderr")
+    for command in (one, two, three, four):
+        command.add_argument("--inp", help="name of the SAE before the MLP, if the layer has several")
+        command.add_argument("--out-sae", help="name of the SAE behind the MLP, if the layer has several")
     return parser
 
 
@@ -116,15 +127,17 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         from bilens import circuits
         from bilens.report import terminal
 
-        layers = range(model.cfg.n_layers) if args.layer is None else [args.layer]
-        lenses = {i: circuits.FeatureLayer.load(model, i, args.saes or args.model) for i in layers}
+        layers = chosen_layers(args)
+        lenses = {i: load_layer(args, model, i) for i in layers}
         texts = read_texts(args.text) if args.text else None
     generator = torch.Generator().manual_seed(args.seed)
     negation = find_negation(console, lenses, readout, generator)
     couplings = find_couplings(console, lenses, generator) if negation is None else None
     lens = lenses[strongest_layer(negation, couplings, layers[len(layers) // 2])]
-    n_features = len(lens.readers)
-    console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features at each end of an MLP")
+    n_features, ends = len(lens.readers), "at each end of an MLP"
+    if len(lens.writers) != n_features:
+        ends = f"behind an MLP, {len(lens.writers)} before it"
+    console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features {ends}")
     with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
         found = circuits.search(lens, generator=generator, null=args.null, n=args.draws)
     with console.status("sampling text from the model ..."):
@@ -304,11 +317,10 @@ def run_attribute(args: argparse.Namespace, console: "Console") -> dict[str, Any
     """Attribute an output feature, or a token's logit, at one position."""
     with console.status("loading model and SAEs ..."):
         import bilens
-        from bilens import circuits
         from bilens.report import graph, terminal
 
         model = load_bilinear(args.model)
-        lens = circuits.FeatureLayer.load(model, args.layer, args.saes or args.model)
+        lens = load_layer(args, model, args.layer)
     target = {"feature": args.feature, "token": args.token, "out": None if args.feature is None else lens.out}
     options = {"position": args.position, "label": partial(lens.name, "inp")}
     found = bilens.attribute(model, args.text, args.layer, inp=lens.inp, **target, **options)
@@ -331,16 +343,19 @@ def run_features(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         import bilens
         from bilens import saes
         from bilens.report import terminal
+        from bilens.saes.picking import fitting_hooks, pick, stored_cards
 
         model = bilens.load(args.model)
-        hook = f"blocks.{args.layer}.hook_mlp_{'in' if args.side == 'inp' else 'out'}"
-        folder = args.saes or args.model
+        name = args.inp if args.side == "inp" else args.out_sae
+        chosen = pick(args.saes or args.model, name, fitting_hooks(args.layer, args.side), args.side, args.revision)
+        sae = chosen.load()
+        hook = saes.hook_of(sae)
     if args.text is not None:
-        rows = read_rows(args.text)
-        sae = saes.load(folder, hook)
-        made = saes.collect(model, {hook: sae}, rows, folder=args.folder, label=args.label)[hook]
+        made = saes.collect(model, {hook: sae}, read_rows(args.text), folder=args.folder, label=args.label)[hook]
     else:
-        made = saes.FeatureCards.load(folder, hook, model)
+        made = stored_cards(chosen, model, sae)
+    if made is None:
+        raise FileNotFoundError(f"{chosen.name} of {chosen.where} has no cards: bilens cards makes them, or --text")
     found = list(choose_cards(made, args.feature, args.find))
     terminal.print_cards(console, made, found)
     return {"hook": hook, "provenance": made.provenance, "features": found}
@@ -362,7 +377,55 @@ def choose_cards(
     return islice(cards, n if features is None else None)
 
 
+# -- bilens cards -----------------------------------------------------------------------------------------------------
+
+
+def run_cards(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
+    """Make the feature cards of both SAEs of a layer, and keep them where the other commands find them."""
+    if args.most < 1:
+        raise ValueError(f"--most must be at least 1, got {args.most}")
+    with console.status("loading model and SAEs ..."):
+        import bilens
+        from bilens.report import terminal
+        from bilens.saes.shelf import cards_folder, cards_path, keep_cards
+
+        lens = load_layer(args, bilens.load(args.model), args.layer)
+    source = f"{args.text}, {args.most} texts"
+    made = keep_cards(lens.model, [lens.inp, lens.out], First(args.text, args.most), source, label=args.label)
+    kept = {}
+    for side, cards in zip(("inp", "out"), made, strict=True):
+        terminal.print_cards(console, cards, list(choose_cards(cards, None, None, n=5)))
+        kept[side] = str(cards_path(lens.model, getattr(lens, side)))
+    console.print(f"kept in {cards_folder()}")
+    return {"layer": args.layer, "kept": kept, "provenance": [cards.provenance for cards in made]}
+
+
+class First:
+    """The first rows of a file or dataset, as often as they are asked for."""
+
+    def __init__(self, name: str, most: int):
+        self.name, self.most = name, most
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return islice(read_rows(self.name), self.most)
+
+
 # -- common parts -----------------------------------------------------------------------------------------------------
+
+
+def chosen_layers(args: argparse.Namespace) -> Sequence[int]:
+    """Return the layers to look at: the one that is named, or all that have SAEs at both sides."""
+    from bilens.saes.picking import layers_between
+
+    return layers_between(args.saes or args.model, args.revision) if args.layer is None else [args.layer]
+
+
+def load_layer(args: argparse.Namespace, model: "BilinearTransformer", layer: int) -> "FeatureLayer":
+    """Put a layer between the SAEs that the arguments name."""
+    from bilens import circuits
+
+    options = {"inp": args.inp, "out": args.out_sae, "revision": args.revision}
+    return circuits.FeatureLayer.load(model, layer, args.saes or args.model, **options)
 
 
 def load_bilinear(name: str) -> "BilinearTransformer":
@@ -423,6 +486,7 @@ COMMANDS: "dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]]" =
     "circuits": run_circuits,
     "attribute": run_attribute,
     "features": run_features,
+    "cards": run_cards,
 }
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def test_a_feature_has_one_name_that_of_its_card(make_model):
     assert lens.name("out", [3, 8], [1.0, -2.0]) == made[HOOKS["out"]].name([3, 8], [1.0, -2.0])
     assert lens.name("inp", 40) == "(constant)"
     bare = FeatureLayer(model, 1, **dictionaries)
-    assert (bare.name("out", 3), bare.name("inp", [3, 8])) == ("#3", "#3, #8")
+    assert bare.name("out", 3) == bilens.saes.name_from_weights(bare.model, bare.out, [3])
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import bilens
 from bilens import circuits, saes
 from bilens.circuits import FeatureLayer
+from bilens.models.sources import CheckpointError
 from bilens.saes.stored import releases
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/fixtures/published-format"
@@ -108,7 +109,7 @@ def test_a_place_without_a_fitting_sae_lists_the_nearest(model, tmp_path):
 def test_published_saes_that_cannot_be_read_right_are_refused(model, scope, config, says):
     path = scope / "0-resid-mid-x2-k9" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    with pytest.raises(bilens.models.CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=says):
         FeatureLayer.load(model, 0, scope)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,10 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observed
 from bilens.saes.cards import FeatureCards
 from bilens.saes.directions import Which, check_sae, is_transcoder, offsets, readers, reading, reads_at, writers
-from bilens.saes.picking import pick, stored_cards
+from bilens.saes.picking import fitting_hooks, pick, stored_cards
 from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE, as_inference
+from bilens.saes.wording import name_from_weights
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import Eigen, eigen
 
@@ -67,6 +68,7 @@ class FeatureLayer:
     out_cards: FeatureCards | None = None
     read: Which | None = None
     _decomposed: dict[int, Eigen] = field(default_factory=dict, init=False)
+    _names: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         check_layer(self.model, self.layer)
@@ -111,10 +113,12 @@ class FeatureLayer:
                 were fitted elsewhere, or to a model with other weights; cards of another model.
         """
         check_layer(model, layer)
-        hooks = {"inp": input_hooks(layer)[:-1], "out": [f"blocks.{layer}.hook_mlp_out"]}
-        picked = {side: pick(saes, name, hooks[side], side, revision) for side, name in (("inp", inp), ("out", out))}
-        cards = [stored_cards(picked[side], model) for side in SIDES]
-        return cls(model, layer, picked["inp"].load(), picked["out"].load(), *cards, read)
+        names = {"inp": inp, "out": out}
+        picked = {side: pick(saes, names[side], fitting_hooks(layer, side), side, revision) for side in SIDES}
+        loaded = {side: picked[side].load() for side in SIDES}
+        lens = cls(model, layer, **loaded, read=read)
+        found = {f"{side}_cards": stored_cards(picked[side], model, loaded[side]) for side in SIDES}
+        return replace(lens, **loaded, **found)
 
     def __repr__(self) -> str:
         n_in, n_out = self.inp.cfg.d_sae, self.out.cfg.d_sae
@@ -138,6 +142,11 @@ class FeatureLayer:
     def hook_out(self) -> str:
         """Name of the hook point that is read: what the MLP adds to the residual stream."""
         return f"blocks.{self.layer}.hook_mlp_out"
+
+    @property
+    def hooks(self) -> dict[str, str]:
+        """Names of the hook points that the input SAE and the output SAE read."""
+        return {"inp": self._entry.hook, "out": self.hook_out if self._reads is None else self._reads.hook}
 
     @cached_property
     def _entry(self) -> Entry:
@@ -314,7 +323,9 @@ class FeatureLayer:
         features: int | Sequence[int],
         weights: Sequence[float] | None = None,
     ) -> str:
-        """Name a feature, or a group with weights, as its card does (`FeatureCards.name`); by number without cards.
+        """Name a feature, or a group with weights, as its card does (`FeatureCards.name`).
+
+        Without cards it is named by what it reads and writes, from the weights alone (`saes.name_from_weights`).
 
         Raises:
             ValueError: No such side or feature.
@@ -325,7 +336,14 @@ class FeatureLayer:
         for feature in some:
             self.check_feature(side, feature)
         cards = self.inp_cards if side == "inp" else self.out_cards
-        return ", ".join(f"#{feature}" for feature in some) if cards is None else cards.name(features, weights)
+        if cards is not None:
+            return cards.name(features, weights)
+        asked = (side, *some, *(weights or ()))
+        if asked not in self._names:
+            told = None if weights is None else list(weights)
+            sae, hook = getattr(self, side), self.hooks[side]
+            self._names[asked] = name_from_weights(self.model, sae, some, told, hook)
+        return self._names[asked]
 
     def check_feature(self, side: str, feature: int, name: str = "feature") -> None:
         """Make sure that a feature exists, called `name` by who passed it.
@@ -353,7 +371,7 @@ class FeatureLayer:
             sae = SAE.from_dict(config).eval()
             sae.load_state_dict(weights)
             state = state | {side: sae}
-        vars(self).update(state, _decomposed={})
+        vars(self).update(state, _decomposed={}, _names={})
 
 
 def check_input(model: BilinearTransformer, layer: int, sae: SAE, name: str) -> None:

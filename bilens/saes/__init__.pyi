@@ -32,6 +32,7 @@ from .rolescores import RoleScores as RoleScores
 from .rolescores import auroc_of_counts as auroc_of_counts
 from .scaling import Scale as Scale
 from .scaling import scale_of as scale_of
+from .shelf import keep_cards as keep_cards
 from .stored import POINTS as POINTS
 from .stored import SAE as SAE
 from .stored import ScopeSAE as ScopeSAE
@@ -43,3 +44,4 @@ from .stored import sae_folder as sae_folder
 from .stored import save as save
 from .tuning import Tuning as Tuning
 from .tuning import finetune as finetune
+from .wording import name_from_weights as name_from_weights

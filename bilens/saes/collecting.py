@@ -20,15 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilens.models.files import atomic_write, fingerprint
-from bilens.models.layers import RMSNorm
 from bilens.models.transformer import BilinearTransformer
-from bilens.models.windows import Windows, holds_text, layer_of, observed
+from bilens.models.windows import Windows, holds_text, observed
 
 from .cards import FILE, FeatureCards
-from .directions import check_sae, writers
+from .directions import check_sae, hook_of, writes_at
 from .peaks import ContextTally
 from .roles import Roles
 from .rolescores import Active, RoleTally
+from .wording import logit_effects, residual_writers
 
 if TYPE_CHECKING:
     from .stored import SAE
@@ -79,7 +79,9 @@ def collect(
     if not saes:
         raise ValueError("saes must hold at least one SAE by its hook point, got none")
     for hook, sae in saes.items():
-        check_sae(model, sae, hook)
+        if hook_of(sae, None if sae.cfg.metadata.hook_name else hook) != hook:
+            raise ValueError(f"saes must hold each SAE by the hook point it reads, got one of {hook_of(sae)} by {hook}")
+        check_sae(model, sae, writes_at(sae) or hook)
     about = {"model": fingerprint(model), "label": label or ""} | ({"roles": roles.digest} if roles else {})
     tallies = {hook: _Tally.empty(sae, n, model.cfg.d_vocab if roles else None) for hook, sae in saes.items()}
     about |= {hook: f"{fingerprint(sae)} n={n}" for hook, sae in saes.items()}
@@ -272,14 +274,7 @@ def _cards(model: BilinearTransformer, sae: "SAE", hook: str, tally: _Tally, run
 
 def _logit_effects(model: BilinearTransformer, sae: "SAE", hook: str) -> tuple[Tensor, Tensor]:
     """Return the tokens whose logits each feature moves most, and by how much."""
-    rows = writers(sae)
-    if hook.endswith("hook_mlp_in"):
-        norm = model.blocks[layer_of(hook)].ln2
-        rows = rows / norm.weight.detach().to(rows) if isinstance(norm, RMSNorm) and norm.weight is not None else rows
-    if isinstance(model.ln_final, RMSNorm) and model.ln_final.weight is not None:
-        rows = rows * model.ln_final.weight.detach().to(rows)
-    effects = rows @ model.W_U.detach().to(rows)
-    effects -= effects.mean(1, keepdim=True)
+    effects = logit_effects(model, residual_writers(model, sae, hook))
     n = min(TOKENS, effects.shape[1] // 2)
     best, worst = effects.topk(n, dim=1), effects.topk(n, dim=1, largest=False)
     return torch.cat((best.indices, worst.indices), 1).cpu(), torch.cat((best.values, worst.values), 1).cpu()

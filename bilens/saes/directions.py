@@ -52,6 +52,14 @@ def readers(sae: "SAE", which: Which | None = None) -> Float[Tensor, "feature d"
     """
     if reading(sae, which) == "decoder":
         return sae.W_dec.detach()
+    return encoders(sae)
+
+
+def encoders(sae: "SAE") -> Float[Tensor, "feature d_in"]:
+    """Return what each feature reads where its SAE reads: encoder rows; of matching pursuit, without any, decoder rows.
+
+    They are the `readers` of an SAE that is no transcoder.
+    """
     rows = _encoder(sae)
     return rows - rows.mean(1, keepdim=True) if sae.cfg.normalize_activations == "layer_norm" else rows
 

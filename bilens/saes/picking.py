@@ -7,7 +7,11 @@ from bilens.models.transformer import BilinearTransformer
 
 from .cards import FILE, FeatureCards, read_cards
 from .catalogue import Catalogue, Stored, catalogue, scope_record
+from .shelf import cached_cards
+from .stored import SAE
 
+BEFORE = ("hook_mlp_in", "ln2.hook_normalized", "hook_resid_mid")
+BEHIND = "hook_mlp_out"
 _SIDES = {"inp": "before", "out": "behind"}
 
 
@@ -60,11 +64,36 @@ def _nearest(there: Catalogue, hooks: Sequence[str], most: int = 8) -> Catalogue
     return Catalogue(there.where, tuple(sorted(there, key=far)[:most]))
 
 
-def stored_cards(one: Stored, model: BilinearTransformer) -> FeatureCards | None:
-    """Return the feature cards that lie beside an SAE, None if there are none.
+def fitting_hooks(layer: int, side: str) -> list[str]:
+    """Return the hook points at which an SAE at one side of a layer's MLP may write, `"inp"` or `"out"`."""
+    return [f"blocks.{layer}.{point}" for point in (BEFORE if side == "inp" else (BEHIND,))]
+
+
+def layers_between(repo: str | Path, revision: str | None = None) -> list[int]:
+    """Return the layers that have an SAE before the MLP and one behind it, in order.
+
+    Args:
+        repo: Where they are stored, as for `catalogue`.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: No such place.
+        ValueError: No layer has both.
+    """
+    there = catalogue(repo, revision)
+    points = {(one.layer, one.hook_out.split(".", 2)[2]) for one in there if one.hook_out and one.layer is not None}
+    before = {layer for layer, point in points if point in BEFORE}
+    found = sorted(before & {layer for layer, point in points if point == BEHIND})
+    if not found:
+        raise ValueError(f"{there.where} must hold SAEs before and behind an MLP\n{there}")
+    return found
+
+
+def stored_cards(one: Stored, model: BilinearTransformer, sae: SAE) -> FeatureCards | None:
+    """Return the feature cards that lie beside an SAE, or else in the user's cache; None if there are none.
 
     Raises:
         ValueError: They are of another model.
     """
     path = None if one.folder is None else one.folder / FILE
-    return read_cards(path, model) if path is not None and path.exists() else None
+    return read_cards(path, model) if path is not None and path.exists() else cached_cards(model, sae)
