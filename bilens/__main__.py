@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spin
 
 REPORT = Path("bilens-report.html")
 CONTROLS = 3  # random edits beside that of the negation, each at two strengths: a few seconds
+LONG = 4096**3  # coefficients whose ranking takes over a minute
 SHOWN = 12  # output features in the report's table of the layer
 
 
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--draws", type=int, default=1024, help="null outputs per null model")
     one.add_argument("--seed", type=int, default=0, help="of null models, controls and resampling")
     one.add_argument("--out", type=Path, help=f"where the report goes (default: {REPORT}; with --json: nowhere)")
+    one.add_argument("--resume", type=Path, help="keep the ranking's state in this folder: a killed run goes on there")
     two = commands.add_parser(
         "attribute", help="what makes a feature, or a token's logit, on a text: exactly, by pairs"
     )
@@ -155,7 +157,9 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
             coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator)
         terminal.print_couplings(console, couplings, coupling_test)
     with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
-        strongest = bilens.top_interactions(lens.tensor, 100, out=lens.readers, inp=lens.writers)
+        strongest = bilens.top_interactions(
+            lens.tensor, 100, out=lens.readers, inp=lens.writers, **long_run(args, lens)
+        )
     terminal.print_ranking(console, lens, strongest)
     source = args.text or f"{len(dataset)} texts sampled from the model itself"
     out = args.out or (None if args.json else REPORT)
@@ -176,6 +180,12 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         tested = None if coupling_test is None else coupling_test.to_dict()
         about["negation"] = couplings.to_dict() | {"test": tested}
     return about | {"discoveries": len(found.found), "findings": [one.to_dict() for one in findings]}
+
+
+def long_run(args: argparse.Namespace, lens: "FeatureLayer") -> dict[str, Any]:
+    """Return what shows how far a ranking is, where it takes over a minute, and where it is kept."""
+    long = len(lens.readers) * len(lens.writers) ** 2 >= LONG
+    return {"progress": long, "checkpoint": None if args.resume is None else args.resume / f"layer-{lens.layer}"}
 
 
 def ask(args: argparse.Namespace, console: "Console", model: "BilinearTransformer") -> "Readout | None":

@@ -236,6 +236,7 @@ def test_records_are_compared_by_identity_and_say_what_json_can_hold(lens):
     for one in records:
         assert (one == one, one == records[0]) == (True, one is records[0])
         assert json.loads(json.dumps(one.to_dict(), allow_nan=False)) == one.to_dict()
-    assert few.to_dict() == {"pearson_active": None, "pearson": None, "n_active": few.n_active, "n_positions": 1}
+    told = {"pearson_active": None, "pearson": None, "n_active": few.n_active, "n_positions": 1, "factor": "measured"}
+    assert few.to_dict() == told
     assert tested.to_dict()["correlation"] == tested.edits["pair"].correlation
     assert found.to_dict()["found"][0]["groups"][1] == {"role": "b", "features": [4, 5], "weights": [1.0, 1.0]}

@@ -13,6 +13,7 @@ from . import groups as groups
 from . import layer as layer
 from . import lowrank as lowrank
 from . import marks as marks
+from . import modifying as modifying
 from . import motifs as motifs
 from . import negating as negating
 from . import nulls as nulls
@@ -40,6 +41,7 @@ from .discovery import search as search
 from .findings import Finding as Finding
 from .findings import describe as describe
 from .layer import FeatureLayer as FeatureLayer
+from .modifying import modified as modified
 from .negating import Negation as Negation
 from .negating import negation as negation
 from .negating import search_negation as search_negation

@@ -77,7 +77,9 @@ class FeatureLayer:
         check_input(self.model, self.layer, self.inp, "inp")
         check_sae(self.model, self.out, self.hook_out, f"out, the SAE at {self.hook_out},")
         if is_transcoder(self.out):
-            _ = self._reads  # raises if it reads something else than the MLP's input
+            wanted = input_hooks(self.layer)[:-1]
+            if (reads_at(self.out) or self.hook_entering) not in wanted:
+                raise ValueError(f"out must read the MLP's input, {' or '.join(wanted)}, got {reads_at(self.out)}")
         object.__setattr__(self, "read", reading(self.out, self.read))
         for side in SIDES:
             object.__setattr__(self, side, _beside(self.model.W_E, getattr(self, side)))
@@ -288,8 +290,8 @@ class FeatureLayer:
             return self.out.encode(y.to(self.writers))
         return self.out.encode(self._seen.seen_at(self._reads, x.to(self.writers)))
 
-    def reading(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
-        """Return what is read of the MLP's output is multiplied by, at each position: 1 unless the SAE normalises.
+    def out_factor(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """Return what a reading of the MLP's output is multiplied by at each position: 1 unless the SAE normalises.
 
         Args:
             y: What leaves the MLP.

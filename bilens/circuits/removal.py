@@ -66,7 +66,7 @@ def remove(lens: FeatureLayer, inp: int, feature: int, tokens: Int[Tensor, "batc
     x, y = run()
     with without_feature(lens, inp, where):
         _, after = run()
-    scale, offset = lens.reading(y)[:, 0], lens.offsets[feature]
+    scale, offset = lens.out_factor(y)[:, 0], lens.offsets[feature]
     before, measured = (value @ lens.readers[feature] * scale + offset for value in (y, after))
     change = removal_change(lens, inp, feature, lens.entering(x), lens.codes(x)[:, inp])
     predicted = before + change * scale

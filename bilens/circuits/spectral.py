@@ -178,7 +178,7 @@ def predict_all(
     def both(x: Tensor, y: Tensor) -> Tensor:
         entering = homogeneous(lens.entering(x, mean), lens.tensor)
         predicted = torch.stack([(entering @ top.vectors.T).pow(2) @ top.values for top in tops], 1)
-        return torch.stack((lens.outputs(x, y)[:, features], predicted * lens.reading(y)), 2)
+        return torch.stack((lens.outputs(x, y)[:, features], predicted * lens.out_factor(y)), 2)
 
     found = lens.at_positions(windows, both) if features else []
     return [Prediction(*found[:, i].unbind(1), factor) for i in range(len(features))]

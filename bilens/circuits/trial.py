@@ -175,7 +175,7 @@ def _scan(
 
     def columns(x: Tensor, y: Tensor) -> Tensor:
         entering = homogeneous(lens.entering(x), lens.tensor)
-        parts = ((entering @ top.vectors.T).pow(2) * top.values).cumsum(1) * lens.reading(y)
+        parts = ((entering @ top.vectors.T).pow(2) * top.values).cumsum(1) * lens.out_factor(y)
         both = (lens.codes(x)[:, [circuit.left, circuit.right]] != 0).all(1, keepdim=True)
         actual = lens.outputs(x, y)[:, [circuit.feature]]
         return torch.cat((actual, both.to(actual), parts[:, [k - 1 for k in ks]]), 1)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-import httpx
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from bilens.models.sources import Source
+
+# What is raised without a connection, whichever HTTP library the client stands on; offline mode is an OSError.
+_UNREACHABLE = (*HfHubHTTPError.__bases__, OSError)
 
 
 def list_files(source: Source, ends: tuple[str, ...]) -> tuple[dict[str, int | None], str]:
@@ -20,8 +22,9 @@ def list_files(source: Source, ends: tuple[str, ...]) -> tuple[dict[str, int | N
     if source.folder is not None:
         return _in_folder(source.folder, ends), source.name
     try:
-        entries = list(huggingface_hub.list_repo_tree(source.name, recursive=True, revision=source.revision))
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.TransportError) as error:
+        hub = huggingface_hub.HfApi()
+        entries = list(hub.list_repo_tree(source.name, recursive=True, revision=source.revision))
+    except _UNREACHABLE as error:
         if getattr(getattr(error, "response", None), "status_code", 500) < 500:
             source.optional("README.md")  # raises what is wrong with the repository or the revision
             raise FileNotFoundError(f"{source.name} on the Hub cannot be listed: {error}") from error

@@ -60,10 +60,12 @@ def embedding_scores(
     if at is None or not at.endswith(_STREAM):
         return None
     embedded = model.W_E.detach().to(rows)
-    if not at.endswith(_STREAM[:3]):
+    if at.endswith(_STREAM[:3]):
+        scores = rows @ embedded.T
+    else:  # a shift would be the same for all tokens
         norm = model.blocks[layer_of(at)].ln2
-        embedded = embedded / norm.rms(embedded) if at.endswith("normalized") else norm(embedded)
-    scores = rows @ embedded.T
+        gain = norm.affine(rows)[0].detach() if at.endswith("hook_mlp_in") else 1
+        scores = (rows * gain) @ embedded.T / norm.rms(embedded)[:, 0]
     return scores - scores.mean(1, keepdim=True)
 
 
