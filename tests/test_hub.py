@@ -435,6 +435,11 @@ def scope_files(folder, names, seed=0):
     """The files of random SAEs in the published layout."""
     for number, name in enumerate(names):
         write_scope(folder, name, seed=seed + number)
+    return contents(folder)
+
+
+def contents(folder):
+    """The files under a folder, by their paths in it."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
 
 
@@ -478,14 +483,12 @@ def test_what_the_hub_does_not_have_is_said(hub, model, tmp_path):
 
 def test_saes_of_saelens_in_any_repository_are_found_by_their_configs(hub, model, tmp_path):
     for seed, hook in enumerate(("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out")):
-        saes.save(random_sae(hook, seed=seed).float(), tmp_path / f"sae-{seed}")
-    files = {
-        path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()
-    }
+        saes.save(random_sae(hook, seed=seed).float(), tmp_path / "saes" / f"sae-{seed}")
+    files = contents(tmp_path / "saes")
     old = hub.commit("someone/saes", files)
     hub.commit("someone/saes", {})
     with pytest.raises(ValueError, match="has no SAE at"):
         FeatureLayer.load(model, 1, "someone/saes")
     lens = FeatureLayer.load(model, 1, "someone/saes", revision=old)
-    assert torch.equal(lens.writers, FeatureLayer.load(model, 1, tmp_path).writers)
+    assert torch.equal(lens.writers, FeatureLayer.load(model, 1, tmp_path / "saes").writers)
     assert FeatureLayer.load(model, 1, "someone/saes", inp="sae-0", out="sae-1", revision=old).layer == 1
