@@ -24,7 +24,7 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, holds_text, observed
 
 from .cards import FILE, FeatureCards
-from .directions import check_sae, hook_of, writes_at
+from .directions import check_sae, is_transcoder, reads_at, writes_at
 from .peaks import ContextTally
 from .roles import Roles
 from .rolescores import Active, RoleTally
@@ -79,9 +79,9 @@ def collect(
     if not saes:
         raise ValueError("saes must hold at least one SAE by its hook point, got none")
     for hook, sae in saes.items():
-        if hook_of(sae, None if sae.cfg.metadata.hook_name else hook) != hook:
-            raise ValueError(f"saes must hold each SAE by the hook point it reads, got one of {hook_of(sae)} by {hook}")
-        check_sae(model, sae, writes_at(sae) or hook)
+        if is_transcoder(sae) and reads_at(sae) not in (None, hook):
+            raise ValueError(f"saes must hold a transcoder by the hook point it reads, {reads_at(sae)}, got {hook}")
+        check_sae(model, sae, (writes_at(sae) or hook) if is_transcoder(sae) else hook)
     about = {"model": fingerprint(model), "label": label or ""} | ({"roles": roles.digest} if roles else {})
     tallies = {hook: _Tally.empty(sae, n, model.cfg.d_vocab if roles else None) for hook, sae in saes.items()}
     about |= {hook: f"{fingerprint(sae)} n={n}" for hook, sae in saes.items()}
