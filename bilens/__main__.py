@@ -1,4 +1,4 @@
-"""The command line: find the circuits of a layer, attribute a prompt, look at features, check a model."""
+"""The command line: circuits of a layer, attribution of a prompt, features and their cards, checks of a model."""
 
 import argparse
 import contextlib
@@ -27,11 +27,12 @@ if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spin
 
 REPORT = Path("bilens-report.html")
 CONTROLS = 3  # random edits beside that of the negation, each at two strengths: a few seconds
+LONG = 4096**3  # coefficients whose ranking takes over a minute
 SHOWN = 12  # output features in the report's table of the layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `bilens circuits`, `bilens attribute`, `bilens features` or `bilens check`; alone, the first of them."""
+    """Run one of `bilens circuits`, `attribute`, `features`, `cards` or `check`; alone, the first of them."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv.insert(0, "circuits")
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--draws", type=int, default=1024, help="null outputs per null model")
     one.add_argument("--seed", type=int, default=0, help="of null models, controls and resampling")
     one.add_argument("--out", type=Path, help=f"where the report goes (default: {REPORT}; with --json: nowhere)")
+    one.add_argument("--resume", type=Path, help="keep the ranking's state in this folder: a killed run goes on there")
     two = commands.add_parser(
         "attribute", help="what makes a feature, or a token's logit, on a text: exactly, by pairs"
     )
@@ -89,13 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--text", help="make cards from this file or Hub dataset instead of reading those stored")
     three.add_argument("--label", help="column of the labels, for the AUROC of each")
     three.add_argument("--folder", type=Path, help="where progress and cards go; a killed run resumes from there")
-    four = commands.add_parser("check", help="self-test of a model: hooks, padding, generation, tensors, degrees")
-    four.add_argument("model", nargs="?", default="bilens-mini", help="bilens-mini, a folder or a Hub repository")
-    four.add_argument("--seed", type=int, default=0, help="of the tokens and the noise")
-    for command in (one, two, three):
-        command.add_argument("--saes", help="folder of SAEs that bilens.saes.fit wrote (default: the model's own)")
+    four = commands.add_parser("cards", help="make the cards of the SAEs of a layer, for the other commands to find")
+    four.add_argument("model", help="bilens-mini, a folder or a Hub repository")
+    four.add_argument("--layer", type=int, required=True)
+    four.add_argument("--text", required=True, help="a file, or a Hub dataset such as roneneldan/TinyStories")
+    four.add_argument("--label", help="column of the labels, for the AUROC of each")
+    four.add_argument("--most", type=int, default=10_000, help="texts to read")
+    five = commands.add_parser("check", help="self-test of a model: hooks, padding, generation, tensors, degrees")
+    five.add_argument("model", nargs="?", default="bilens-mini", help="bilens-mini, a folder or a Hub repository")
+    five.add_argument("--seed", type=int, default=0, help="of the tokens and the noise")
     for command in (one, two, three, four):
+        where = "folder, Hub repository or SAELens release (default: the model's own)"
+        command.add_argument("--saes", help=f"where the SAEs are: a {where}")
+        command.add_argument("--revision", help="branch, tag or commit of the SAEs' Hub repository")
+    for command in (one, two, three, four, five):
         command.add_argument("--json", action="store_true", help="print JSON, and what is for people on stderr")
+    for command in (one, two, three, four):
+        command.add_argument("--inp", help="name of the SAE before the MLP, if the layer has several")
+        command.add_argument("--out-sae", help="name of the SAE behind the MLP, if the layer has several")
     return parser
 
 
@@ -120,15 +133,17 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         from bilens import circuits
         from bilens.report import terminal
 
-        layers = range(model.cfg.n_layers) if args.layer is None else [args.layer]
-        lenses = {i: circuits.FeatureLayer.load(model, i, args.saes or args.model) for i in layers}
+        layers = chosen_layers(args)
+        lenses = {i: load_layer(args, model, i) for i in layers}
         texts = read_texts(args.text) if args.text else None
     generator = torch.Generator().manual_seed(args.seed)
     negation = find_negation(console, lenses, readout, generator)
     couplings = find_couplings(console, lenses, generator) if negation is None else None
     lens = lenses[strongest_layer(negation, couplings, layers[len(layers) // 2])]
-    n_features = len(lens.readers)
-    console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features at each end of an MLP")
+    n_features, ends = len(lens.readers), "at each end of an MLP"
+    if len(lens.writers) != n_features:
+        ends = f"behind an MLP, {len(lens.writers)} before it"
+    console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features {ends}")
     with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
         found = circuits.search(lens, generator=generator, null=args.null, n=args.draws)
     with console.status("sampling text from the model ..."):
@@ -146,7 +161,9 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
             coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator)
         terminal.print_couplings(console, couplings, coupling_test)
     with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
-        strongest = bilens.top_interactions(lens.tensor, 100, out=lens.readers, inp=lens.writers)
+        strongest = bilens.top_interactions(
+            lens.tensor, 100, out=lens.readers, inp=lens.writers, **long_run(args, lens)
+        )
     terminal.print_ranking(console, lens, strongest)
     source = args.text or f"{len(dataset)} texts sampled from the model itself"
     out = args.out or (None if args.json else REPORT)
@@ -167,6 +184,12 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         tested = None if coupling_test is None else coupling_test.to_dict()
         about["negation"] = couplings.to_dict() | {"test": tested}
     return about | {"discoveries": len(found.found), "findings": [one.to_dict() for one in findings]}
+
+
+def long_run(args: argparse.Namespace, lens: "FeatureLayer") -> dict[str, Any]:
+    """Return what shows how far a ranking is, where it takes over a minute, and where it is kept."""
+    long = len(lens.readers) * len(lens.writers) ** 2 >= LONG
+    return {"progress": long, "checkpoint": None if args.resume is None else args.resume / f"layer-{lens.layer}"}
 
 
 def ask(args: argparse.Namespace, console: "Console", model: "BilinearTransformer") -> "Readout | None":
@@ -308,11 +331,10 @@ def run_attribute(args: argparse.Namespace, console: "Console") -> dict[str, Any
     """Attribute an output feature, or a token's logit, at one position."""
     with console.status("loading model and SAEs ..."):
         import bilens
-        from bilens import circuits
         from bilens.report import graph, terminal
 
         model = load_bilinear(args.model)
-        lens = circuits.FeatureLayer.load(model, args.layer, args.saes or args.model)
+        lens = load_layer(args, model, args.layer)
     target = {"feature": args.feature, "token": args.token, "out": None if args.feature is None else lens.out}
     options = {"position": args.position, "label": partial(lens.name, "inp")}
     found = bilens.attribute(model, args.text, args.layer, inp=lens.inp, **target, **options)
@@ -335,16 +357,19 @@ def run_features(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         import bilens
         from bilens import saes
         from bilens.report import terminal
+        from bilens.saes.picking import fitting_hooks, pick, stored_cards
 
         model = bilens.load(args.model)
-        hook = f"blocks.{args.layer}.hook_mlp_{'in' if args.side == 'inp' else 'out'}"
-        folder = args.saes or args.model
+        name = args.inp if args.side == "inp" else args.out_sae
+        chosen = pick(args.saes or args.model, name, fitting_hooks(args.layer, args.side), args.side, args.revision)
+        sae = chosen.load()
+        hook = saes.hook_of(sae)
     if args.text is not None:
-        rows = read_rows(args.text)
-        sae = saes.load(folder, hook)
-        made = saes.collect(model, {hook: sae}, rows, folder=args.folder, label=args.label)[hook]
+        made = saes.collect(model, {hook: sae}, read_rows(args.text), folder=args.folder, label=args.label)[hook]
     else:
-        made = saes.FeatureCards.load(folder, hook, model)
+        made = stored_cards(chosen, model, sae)
+    if made is None:
+        raise FileNotFoundError(f"{chosen.name} of {chosen.where} has no cards: bilens cards makes them, or --text")
     found = list(choose_cards(made, args.feature, args.find))
     terminal.print_cards(console, made, found)
     return {"hook": hook, "provenance": made.provenance, "features": found}
@@ -364,6 +389,39 @@ def choose_cards(
     chosen = made.contexts.density.argsort(descending=True).tolist() if features is None else features
     cards = (made[feature] for feature in chosen if word is None or word in made.name(feature))
     return islice(cards, n if features is None else None)
+
+
+# -- bilens cards -----------------------------------------------------------------------------------------------------
+
+
+def run_cards(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
+    """Make the feature cards of both SAEs of a layer, and keep them where the other commands find them."""
+    if args.most < 1:
+        raise ValueError(f"--most must be at least 1, got {args.most}")
+    with console.status("loading model and SAEs ..."):
+        import bilens
+        from bilens.report import terminal
+        from bilens.saes.shelf import cards_folder, cards_path, keep_cards
+
+        lens = load_layer(args, bilens.load(args.model), args.layer)
+    source = f"{args.text}, {args.most} texts"
+    made = keep_cards(lens.model, [lens.inp, lens.out], First(args.text, args.most), source, label=args.label)
+    kept = {}
+    for side, cards in zip(("inp", "out"), made, strict=True):
+        terminal.print_cards(console, cards, list(choose_cards(cards, None, None, n=5)))
+        kept[side] = str(cards_path(lens.model, getattr(lens, side)))
+    console.print(f"kept in {cards_folder()}")
+    return {"layer": args.layer, "kept": kept, "provenance": [cards.provenance for cards in made]}
+
+
+class First:
+    """The first rows of a file or dataset, as often as they are asked for."""
+
+    def __init__(self, name: str, most: int):
+        self.name, self.most = name, most
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return islice(read_rows(self.name), self.most)
 
 
 # -- bilens check -----------------------------------------------------------------------------------------------------
@@ -387,6 +445,21 @@ def run_check(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
 
 
 # -- common parts -----------------------------------------------------------------------------------------------------
+
+
+def chosen_layers(args: argparse.Namespace) -> Sequence[int]:
+    """Return the layers to look at: the one that is named, or all that have SAEs at both sides."""
+    from bilens.saes.picking import layers_between
+
+    return layers_between(args.saes or args.model, args.revision) if args.layer is None else [args.layer]
+
+
+def load_layer(args: argparse.Namespace, model: "BilinearTransformer", layer: int) -> "FeatureLayer":
+    """Put a layer between the SAEs that the arguments name."""
+    from bilens import circuits
+
+    options = {"inp": args.inp, "out": args.out_sae, "revision": args.revision}
+    return circuits.FeatureLayer.load(model, layer, args.saes or args.model, **options)
 
 
 def load_bilinear(name: str) -> "BilinearTransformer":
@@ -447,6 +520,7 @@ COMMANDS: "dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]]" =
     "circuits": run_circuits,
     "attribute": run_attribute,
     "features": run_features,
+    "cards": run_cards,
     "check": run_check,
 }
 

@@ -17,10 +17,14 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from test_circuits import random_sae
 from test_elriggs import FAMILIES, FLAT, SIZES, flat_shapes, gpt_shapes, random_state, write
+from test_loading_saes import write_scope
 from tokenizers import Tokenizer
 
 import bilens
+from bilens import saes
+from bilens.circuits import FeatureLayer
 
 MODEL = "tdooms/ts-tiny-test"
 
@@ -106,11 +110,18 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(names).encode())
 
     def answer_tree(self, repo, revision):
-        files = [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for name, data in self.server.hub.repos[repo][revision].items()
+        hub = self.server.hub
+        hub.asked.append(f"{self.command} {repo} {revision} tree")
+        if repo in hub.errors or repo not in hub.repos:
+            return self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
+        if revision not in hub.repos[repo]:
+            return self.answer_error(404, "RevisionNotFound")
+        files = hub.repos[repo][revision].items()
+        listed = [
+            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for path, data in files
         ]
-        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(files).encode())
+        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
 
     def answer_error(self, status, code, headers=None):
         self.answer(status, {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}, b"")
@@ -462,3 +473,71 @@ except FileNotFoundError as error:
     again = bilens.load(tmp_path / "out")
     assert_same(model, again)
     assert again.tokenizer.to_str() == model.tokenizer.to_str()
+
+
+# -- SAEs -------------------------------------------------------------------------------------------------------------
+
+SCOPE = "tdooms/ts-tiny-test-scope"
+
+
+def scope_files(folder, names, seed=0):
+    """The files of random SAEs in the published layout."""
+    for number, name in enumerate(names):
+        write_scope(folder, name, seed=seed + number)
+    return contents(folder)
+
+
+def contents(folder):
+    """The files under a folder, by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_a_layer_is_put_between_saes_from_the_hub(hub, model, tmp_path, offline):
+    names = ("1-mlp-out-x2-k6", "1-resid-mid-x2-k9")
+    first = scope_files(tmp_path / "one", names)
+    second = scope_files(tmp_path / "two", names, seed=5)
+    old = hub.commit(SCOPE, first)
+    hub.commit(SCOPE, second)
+    there = saes.catalogue(SCOPE)
+    assert [(one.name, one.size) for one in there] == [
+        (name, len(second[f"{name}/model.safetensors"])) for name in names
+    ]
+    lens = FeatureLayer.load(model, 1, SCOPE)
+    assert torch.equal(lens.writers, FeatureLayer.load(model, 1, tmp_path / "two").writers)
+    before = FeatureLayer.load(model, 1, SCOPE, revision=old)
+    assert torch.equal(before.writers, FeatureLayer.load(model, 1, tmp_path / "one").writers)
+    offline()
+    again = FeatureLayer.load(model, 1, SCOPE)
+    assert torch.equal(again.readers, lens.readers)
+    assert "in the local cache" in repr(saes.catalogue(SCOPE))
+    named = FeatureLayer.load(model, 1, SCOPE, inp=names[1], out=names[0], revision=old)
+    assert torch.equal(named.readers, before.readers)
+    with pytest.raises(FileNotFoundError, match="tdooms/other is not in the local cache and the Hub cannot be reached"):
+        saes.catalogue("tdooms/other")
+
+
+def test_what_the_hub_does_not_have_is_said(hub, model, tmp_path):
+    hub.commit(SCOPE, scope_files(tmp_path, ["0-mlp-out-x2-k6", "1-mlp-in-x2-k6"]))
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a repository on the Hub"):
+        FeatureLayer.load(model, 1, "tdooms/ts-tiny-test-scoop")
+    with pytest.raises(FileNotFoundError, match="has no revision 'v9'"):
+        FeatureLayer.load(model, 1, SCOPE, revision="v9")
+    with pytest.raises(
+        ValueError, match=r"has no SAE at blocks.1.hook_mlp_out, for out; the nearest\n(.|\n)*0-mlp-out"
+    ):
+        FeatureLayer.load(model, 1, SCOPE)
+    with pytest.raises(FileNotFoundError, match="has no SAE '1-mlp-out-x2-k7'; it has 2, the nearest: "):
+        FeatureLayer.load(model, 1, SCOPE, out="1-mlp-out-x2-k7")
+
+
+def test_saes_of_saelens_in_any_repository_are_found_by_their_configs(hub, model, tmp_path):
+    for seed, hook in enumerate(("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out")):
+        saes.save(random_sae(hook, seed=seed).float(), tmp_path / "saes" / f"sae-{seed}")
+    files = contents(tmp_path / "saes")
+    old = hub.commit("someone/saes", files)
+    hub.commit("someone/saes", {})
+    with pytest.raises(ValueError, match="has no SAE at"):
+        FeatureLayer.load(model, 1, "someone/saes")
+    lens = FeatureLayer.load(model, 1, "someone/saes", revision=old)
+    assert torch.equal(lens.writers, FeatureLayer.load(model, 1, tmp_path / "saes").writers)
+    assert FeatureLayer.load(model, 1, "someone/saes", inp="sae-0", out="sae-1", revision=old).layer == 1

@@ -181,7 +181,7 @@ def test_a_feature_has_one_name_that_of_its_card(make_model):
     assert lens.name("out", [3, 8], [1.0, -2.0]) == made[HOOKS["out"]].name([3, 8], [1.0, -2.0])
     assert lens.name("inp", 40) == "(constant)"
     bare = FeatureLayer(model, 1, **dictionaries)
-    assert (bare.name("out", 3), bare.name("inp", [3, 8])) == ("#3", "#3, #8")
+    assert bare.name("out", 3) == bilens.saes.name_from_weights(bare.model, bare.out, [3])
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -236,6 +236,7 @@ def test_records_are_compared_by_identity_and_say_what_json_can_hold(lens):
     for one in records:
         assert (one == one, one == records[0]) == (True, one is records[0])
         assert json.loads(json.dumps(one.to_dict(), allow_nan=False)) == one.to_dict()
-    assert few.to_dict() == {"pearson_active": None, "pearson": None, "n_active": few.n_active, "n_positions": 1}
+    told = {"pearson_active": None, "pearson": None, "n_active": few.n_active, "n_positions": 1, "factor": "measured"}
+    assert few.to_dict() == told
     assert tested.to_dict()["correlation"] == tested.edits["pair"].correlation
     assert found.to_dict()["found"][0]["groups"][1] == {"role": "b", "features": [4, 5], "weights": [1.0, 1.0]}

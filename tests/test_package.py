@@ -30,8 +30,8 @@ HOMES = {  # third parties that stay in one place
         *(f"models.{room}" for room in ("attention", "blocks", "embedding", "hooks", "layers", "mlp", "transformer")),
         "images.classifiers",
     },
-    "sae_lens": {"saes.stored", "saes.fitting"},
-    "huggingface_hub": {"models.sources", "saes.stored"},
+    "sae_lens": {"saes.arrays", "saes.stored", "saes.fitting"},
+    "huggingface_hub": {"models.sources", "saes.listing"},
     "plotly": {
         "report.figures",
         "report.plots",

@@ -8,12 +8,14 @@ from . import couplings as couplings
 from . import discovery as discovery
 from . import edits as edits
 from . import effects as effects
+from . import entry as entry
 from . import findings as findings
 from . import groups as groups
 from . import headpairs as headpairs
 from . import layer as layer
 from . import lowrank as lowrank
 from . import marks as marks
+from . import modifying as modifying
 from . import motifs as motifs
 from . import negating as negating
 from . import nulls as nulls
@@ -44,6 +46,7 @@ from .findings import describe as describe
 from .headpairs import top_attention as top_attention
 from .headpairs import top_writing as top_writing
 from .layer import FeatureLayer as FeatureLayer
+from .modifying import modified as modified
 from .negating import Negation as Negation
 from .negating import negation as negation
 from .negating import search_negation as search_negation

@@ -191,7 +191,9 @@ def why_attend(
     placed = [f"blocks.{layer}.attn.hook_rot_{side}" for side in sides]
     found = here.observe(model, [hook, hooks[0], *placed])
     features, z = active_features(inp, found[hook])
-    parts = _entering(block.ln1, feature_parts(inp, found[hook], features, z), found[hooks[0]], hook == hooks[0])
+    parts = _entering(
+        block.ln1, feature_parts(inp, found[hook], found[hook], features, z), found[hooks[0]], hook == hooks[0]
+    )
     read = _Reading(block.attn, parts, here.position, heads, model.W_E.dtype)
     made = [read.side(side, branch) for branch in range(block.attn.branches) for side in (0, 1)]
     divisors, legs = zip(*made, strict=True)

@@ -102,6 +102,7 @@ class Prediction:
 
     actual: Float[Tensor, " position"]  # activation, zero where the feature is not among the k largest
     predicted: Float[Tensor, " position"]  # Σ_i λ_i (v_i · x)² over the chosen eigenpairs
+    factor: str = "measured"  # how the norm before the layer was taken into x
 
     @property
     def pearson(self) -> float:
@@ -120,38 +121,64 @@ class Prediction:
         return int((self.actual != 0).sum())
 
     def __repr__(self) -> str:
+        told = "" if self.factor == "measured" else ", the norm's factor at its mean"
         return (
             f"Prediction(pearson={self.pearson:.3f}, active only {self.pearson_active:.3f} at {self.n_active} of "
-            f"{len(self.actual)} positions)"
+            f"{len(self.actual)} positions{told})"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return correlations and counts, without the positions."""
         names = ("pearson_active", "pearson", "n_active")
-        return plain({name: getattr(self, name) for name in names} | {"n_positions": len(self.actual)})
+        about = {name: getattr(self, name) for name in names} | {"n_positions": len(self.actual)}
+        return plain(about | {"factor": self.factor})
 
 
-def predict(lens: FeatureLayer, feature: int, texts: Texts, k: int = 2) -> Prediction:
+def predict(
+    lens: FeatureLayer, feature: int, texts: Texts, k: int = 2, factor: Literal["measured", "mean"] = "measured"
+) -> Prediction:
     """Predict an output feature's activation from its k strongest eigenvectors, and correlate with the real one.
 
     `ŷ = Σ_{i≤k} λ_i (v_i · x)²` with x what enters the MLP (2410.08417, section 5.2 and figure 9). BOS and padding are
     left out. A correlation over fewer than three positions is NaN.
+
+    Args:
+        lens: The layer.
+        feature: Output feature.
+        texts: Texts, or windows of token ids.
+        k: How many eigenvectors.
+        factor: What the norm before the layer divides by: `"measured"` takes `1 / sqrt(mean(x²) + eps)` at every
+            position, so that x is what enters the MLP; `"mean"` its mean over all positions, the same for all, as
+            whoever predicts from the residual stream without the norm does.
     """
-    return predict_all(lens, [feature], texts, k)[0]
+    return predict_all(lens, [feature], texts, k, factor)[0]
 
 
-def predict_all(lens: FeatureLayer, features: Sequence[int], texts: Texts, k: int = 2) -> list[Prediction]:
+def predict_all(
+    lens: FeatureLayer,
+    features: Sequence[int],
+    texts: Texts,
+    k: int = 2,
+    factor: Literal["measured", "mean"] = "measured",
+) -> list[Prediction]:
     """Do what `predict` does for several output features, in one pass over the texts.
 
-    Holds two numbers for each feature at each position, and one batch of activations.
+    Holds two numbers for each feature at each position, and one batch of activations; with the mean factor it goes over
+    the texts twice.
+
+    Raises:
+        ValueError: Another factor than the two.
     """
-    features = list(features)
+    if factor not in ("measured", "mean"):
+        raise ValueError(f"factor must be 'measured' or 'mean', got {factor!r}")
+    features, windows = list(features), Windows.of(lens.model, texts)
     tops = [lens.eigen(feature, k) for feature in features]
+    mean = None if factor == "measured" else lens.at_positions(windows, lambda x, y: 1 / lens.rms(x)).mean()
 
     def both(x: Tensor, y: Tensor) -> Tensor:
-        x = homogeneous(x, lens.tensor)
-        predicted = torch.stack([(x @ top.vectors.T).pow(2) @ top.values for top in tops], 1)
-        return torch.stack((lens.out.encode(y)[:, features], predicted), 2)
+        entering = homogeneous(lens.entering(x, mean), lens.tensor)
+        predicted = torch.stack([(entering @ top.vectors.T).pow(2) @ top.values for top in tops], 1)
+        return torch.stack((lens.outputs(x, y)[:, features], predicted * lens.out_factor(y)), 2)
 
-    found = lens.at_positions(Windows.of(lens.model, texts), both) if features else []
-    return [Prediction(*found[:, i].unbind(1)) for i in range(len(features))]
+    found = lens.at_positions(windows, both) if features else []
+    return [Prediction(*found[:, i].unbind(1), factor) for i in range(len(features))]

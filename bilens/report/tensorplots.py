@@ -140,13 +140,18 @@ def residuals(found: Mapping[str, Degree]) -> go.Figure:
     return figure.update_layout(showlegend=True)
 
 
-def modified(found: Modified) -> go.Figure:
+def modified(found: Modified, names: Sequence[str] = ()) -> go.Figure:
     """Draw the default features that an input feature modifies most, orange where amplified, blue where suppressed.
 
     Args:
         found: As `most_modified` returns it.
+        names: Of the default features, as `circuits.modified` gives them; by number without.
     """
-    names = [f"#{feature}" for feature in found.feature.tolist()]
+    names = (
+        [f"#{feature}" for feature in found.feature.tolist()]
+        if not names
+        else [f"#{feature} {name}" for feature, name in zip(found.feature.tolist(), names, strict=True)]
+    )
     figure = bars(dict(zip(names, found.change.tolist(), strict=True)), "Default features modified most", "change")
     figure.data[0].update(
         marker_color=[POSITIVE if gain > 0 else NEGATIVE for gain in found.gain.tolist()],
@@ -160,7 +165,7 @@ def modification(matrix: Float[Tensor, "default modifier"]) -> go.Figure:
     """Draw how strongly each modifier feature modifies each default feature (2305.03452).
 
     Args:
-        matrix: As `modifiers.modification` returns it.
+        matrix: As `bilens.tensor.defaults.modification` returns it.
     """
     trace = go.Heatmap(
         z=[rounded(row) for row in matrix],

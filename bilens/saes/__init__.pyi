@@ -1,6 +1,10 @@
+from .arrays import of_arrays as of_arrays
 from .cards import FILE as FILE
 from .cards import Card as Card
 from .cards import FeatureCards as FeatureCards
+from .catalogue import Catalogue as Catalogue
+from .catalogue import Stored as Stored
+from .catalogue import catalogue as catalogue
 from .collecting import EDGES as EDGES
 from .collecting import auroc as auroc
 from .collecting import collect as collect
@@ -19,12 +23,16 @@ from .naming import label_of as label_of
 from .peaks import Contexts as Contexts
 from .peaks import ContextTally as ContextTally
 from .peaks import contexts as contexts
+from .quadratic import BilinearAutoencoder as BilinearAutoencoder
 from .roles import ROLES as ROLES
 from .roles import Roles as Roles
 from .roles import names_of as names_of
 from .rolescores import Role as Role
 from .rolescores import RoleScores as RoleScores
 from .rolescores import auroc_of_counts as auroc_of_counts
+from .scaling import Scale as Scale
+from .scaling import scale_of as scale_of
+from .shelf import keep_cards as keep_cards
 from .stored import POINTS as POINTS
 from .stored import SAE as SAE
 from .stored import ScopeSAE as ScopeSAE
@@ -36,3 +44,4 @@ from .stored import sae_folder as sae_folder
 from .stored import save as save
 from .tuning import Tuning as Tuning
 from .tuning import finetune as finetune
+from .wording import name_from_weights as name_from_weights

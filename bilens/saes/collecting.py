@@ -20,15 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilens.models.files import atomic_write, fingerprint
-from bilens.models.logits import logit_directions
 from bilens.models.transformer import BilinearTransformer
-from bilens.models.windows import Windows, holds_text, layer_of, observed
+from bilens.models.windows import Windows, holds_text, observed
 
 from .cards import FILE, FeatureCards
-from .directions import check_sae, writers
+from .directions import check_sae, is_transcoder, reads_at, writes_at
 from .peaks import ContextTally
 from .roles import Roles
 from .rolescores import Active, RoleTally
+from .wording import logit_effects, residual_writers
 
 if TYPE_CHECKING:
     from .stored import SAE
@@ -79,7 +79,9 @@ def collect(
     if not saes:
         raise ValueError("saes must hold at least one SAE by its hook point, got none")
     for hook, sae in saes.items():
-        check_sae(model, sae, hook)
+        if is_transcoder(sae) and reads_at(sae) not in (None, hook):
+            raise ValueError(f"saes must hold a transcoder by the hook point it reads, {reads_at(sae)}, got {hook}")
+        check_sae(model, sae, (writes_at(sae) or hook) if is_transcoder(sae) else hook)
     about = {"model": fingerprint(model), "label": label or ""} | ({"roles": roles.digest} if roles else {})
     tallies = {hook: _Tally.empty(sae, n, model.cfg.d_vocab if roles else None) for hook, sae in saes.items()}
     about |= {hook: f"{fingerprint(sae)} n={n}" for hook, sae in saes.items()}
@@ -272,12 +274,7 @@ def _cards(model: BilinearTransformer, sae: "SAE", hook: str, tally: _Tally, run
 
 def _logit_effects(model: BilinearTransformer, sae: "SAE", hook: str) -> tuple[Tensor, Tensor]:
     """Return the tokens whose logits each feature moves most, and by how much."""
-    rows = writers(sae)
-    if hook.endswith("hook_mlp_in"):
-        norm = model.blocks[layer_of(hook)].ln2
-        rows = rows / norm.affine(rows)[0].detach()
-    effects = rows @ logit_directions(model).to(rows).T
-    effects -= effects.mean(1, keepdim=True)
+    effects = logit_effects(model, residual_writers(model, sae, hook))
     n = min(TOKENS, effects.shape[1] // 2)
     best, worst = effects.topk(n, dim=1), effects.topk(n, dim=1, largest=False)
     return torch.cat((best.indices, worst.indices), 1).cpu(), torch.cat((best.values, worst.values), 1).cpu()
