@@ -420,11 +420,17 @@ def test_a_model_without_a_tokenizer_takes_ids(make_model, inp, out):
         ({"feature": -1}, "feature must lie between 0 and 39, got -1"),
         ({"layer": 2}, "layer must lie between 0 and 1, got 2"),
         ({"layer": 0}, r"out must be an SAE at blocks.0.hook_mlp_out .*got 'blocks.1.hook_mlp_out'"),
-        ({"inp": "out"}, r"inp must be an SAE at blocks.1.hook_mlp_in or blocks.1.hook_resid_mid .*hook_mlp_out'"),
+        (
+            {"inp": "out"},
+            r"inp must be an SAE at blocks.1.hook_mlp_in or .*hook_resid_mid or .*, got 'blocks.1.hook_mlp_out'",
+        ),
         ({"inp": None}, "inp must be an SAE .* got None"),
         ({"out": "inp"}, "out must be an SAE at blocks.1.hook_mlp_out"),
         ({"inp": 12}, r"inp must read 16 dimensions \(d_model\), got an SAE with d_in=12"),
-        ({"inp": "layer_norm"}, "inp must not normalise what it reads, got normalize_activations='layer_norm'"),
+        (
+            {"inp": "folded"},
+            "inp must say how it reads its input, got normalize_activations='expected_average_only_in'",
+        ),
         ({"out": None}, "out goes with feature, got no out"),
         ({"feature": None}, "give one of feature, direction and token, got none"),
         ({"token": "cat"}, "give one of feature, direction and token, got feature and token"),
@@ -450,7 +456,8 @@ def test_errors_name_the_argument(hard, out, changes, says):
         "inp": {None: random_sae(None), "out": out, 12: random_sae("blocks.1.hook_mlp_in", d_in=12)},
         "out": {"inp": inp, None: None},
     }
-    special["inp"]["layer_norm"] = random_sae("blocks.1.hook_mlp_in", normalize_activations="layer_norm")
+    scheme = {"normalize_activations": "expected_average_only_in"}
+    special["inp"]["folded"] = random_sae("blocks.1.hook_mlp_in", **scheme)
     arguments = {"text": TEXT, "layer": 1, "feature": 7, "inp": inp, "out": out}
     arguments |= {name: special[name][one] if name in special else one for name, one in changes.items()}
     with pytest.raises(ValueError, match=says):

@@ -31,7 +31,7 @@ HOMES = {  # third parties that stay in one place
         "images.classifiers",
     },
     "sae_lens": {"saes.stored", "saes.fitting"},
-    "huggingface_hub": {"models.sources", "saes.stored"},
+    "huggingface_hub": {"models.sources", "saes.listing"},
     "plotly": {
         "report.figures",
         "report.plots",

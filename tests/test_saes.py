@@ -319,8 +319,8 @@ def test_an_sae_is_checked_in_one_place(make_model, model, fitted):
         saes.check_sae(model, sae, "blocks.0.hook_mlp_out", "inp")
     with pytest.raises(ValueError, match=r"must read 24 dimensions \(d_model\), got an SAE with d_in=16"):
         saes.check_sae(make_model(d_model=24), sae, hook)
-    sae.cfg.normalize_activations = "layer_norm"
-    with pytest.raises(ValueError, match="must not normalise what it reads, got normalize_activations='layer_norm'"):
+    sae.cfg.normalize_activations = "expected_average_only_in"
+    with pytest.raises(ValueError, match=r"must say how it reads its input.*mean norm of its activations was never"):
         saes.collect(model, {hook: sae}, TEXTS)
 
 

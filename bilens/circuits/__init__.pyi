@@ -8,6 +8,7 @@ from . import couplings as couplings
 from . import discovery as discovery
 from . import edits as edits
 from . import effects as effects
+from . import entry as entry
 from . import findings as findings
 from . import groups as groups
 from . import layer as layer

@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.models.layers import NoNorm
 from bilens.models.text import Text
 from bilens.models.transformer import BilinearTransformer
 from bilens.saes.directions import writers
+from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE
 
+from .entry import Entry, input_hooks
 from .places import locate
 from .targets import Reading, Target, fitting_hook
-from .terms import Terms, in_pieces, pair_terms, with_unit
+from .terms import Terms, in_pieces, with_unit
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -99,6 +100,8 @@ def attribute(
     bias (2410.08417, section 3.1, with the biases and the error that are left out there). At `hook_resid_mid` the norm
     divides by the root mean square, measured at that position: every part is multiplied by the norm's gain over it, and
     a shift belongs to the bias. There the terms are what an intervention measures while that root mean square is held.
+    At `hook_resid_pre` what attention adds counts as error. An SAE that divides by the size of what it reads has its
+    features and bias multiplied by it.
 
     Give one of `feature`, `direction`, `token`; the three kinds are explained at `Target`.
 
@@ -109,8 +112,8 @@ def attribute(
         text: A text, a list of texts, or token ids: with BOS, without padding, as `model.to_tokens(text)` gives them.
         layer: Which block.
         feature: Feature of `out`.
-        inp: SAE at the layer's `hook_mlp_in` or `hook_resid_mid`.
-        out: SAE at the layer's `hook_mlp_out`; needed for `feature` only.
+        inp: SAE at the layer's `hook_mlp_in`, `ln2.hook_normalized`, `hook_resid_mid` or `hook_resid_pre`.
+        out: SAE at the layer's `hook_mlp_out`, or a transcoder to it, whose decoder is read; needed for `feature` only.
         direction: A residual direction, `direction · mlp_out` is attributed.
         token: A token, as text or id.
         position: Where, BOS being 0, and -1 the last token of each text; `None` for all but BOS.
@@ -122,15 +125,14 @@ def attribute(
     """
     read = Reading.of(model, layer, _target(model, feature, out, direction, token))
     hook = fitting_hook(model, inp, "inp", input_hooks(layer))
-    places = locate(model, text, position)
-    found = places.observe(model, [hook, *read.hooks])
-    x, scale = found[hook], read.scale(found)
-    norm = NoNorm() if hook.endswith("mlp_in") else model.blocks[layer].ln2
+    places, entry = locate(model, text, position), Entry.of(model, layer, hook)
+    found = places.observe(model, list({hook, entry.summed, *read.hooks}))
+    seen, x, scale = found[hook], found[entry.summed], read.scale(found)
     pieces = []
     for some in in_pieces(x):
-        features, z = _active(inp, x[some])
-        parts = with_unit(_feature_parts(inp, x[some], features, z), *norm.linear(x[some]))
-        pieces.append((features, z, pair_terms(read.matrix, parts) * scale[some, None, None]))
+        features, z = _active(inp, seen[some])
+        parts = with_unit(_feature_parts(inp, seen[some], x[some], features, z), *entry.linear(x[some]))
+        pieces.append((features, z, read.terms(parts, scale[some])))
     n = max(features.shape[1] for features, _, _ in pieces)
     missing = [n - features.shape[1] for features, _, _ in pieces]
     features, z, table = (list(parts) for parts in zip(*pieces, strict=True))
@@ -145,11 +147,6 @@ def attribute(
         label=label,
         n_features=inp.cfg.d_sae,
     )
-
-
-def input_hooks(layer: int) -> list[str]:
-    """Return the hook points at which an SAE can split what enters a layer."""
-    return [f"blocks.{layer}.hook_mlp_in", f"blocks.{layer}.hook_resid_mid"]
 
 
 def _target(
@@ -182,8 +179,11 @@ def _active(sae: SAE, x: Tensor) -> tuple[Int[Tensor, "position active"], Float[
     return ids.masked_fill(padding, -1), z.gather(1, ids.clamp(max=beyond - 1)).masked_fill(padding, 0)
 
 
-def _feature_parts(sae: SAE, x: Tensor, features: Tensor, z: Tensor) -> Float[Tensor, "position part d_model"]:
-    """Write x as a sum of decoder bias, error and one part per active feature, in this order."""
-    written = writers(sae).to(x.device)[features.clamp(min=0)].to(x) * z[..., None]
-    bias = sae.b_dec.detach().to(x).expand_as(x)
+def _feature_parts(
+    sae: SAE, seen: Tensor, x: Tensor, features: Tensor, z: Tensor
+) -> Float[Tensor, "position part d_model"]:
+    """Write x as a sum of decoder bias, error and one part per active feature, in this order; the SAE reads `seen`."""
+    scale = scale_of(sae, seen)
+    written = writers(sae).to(x.device)[features.clamp(min=0)].to(x) * (z * scale.written)[..., None]
+    bias = sae.b_dec.detach().to(x) * scale.written + scale.centre
     return torch.cat((torch.stack((bias, x - bias - written.sum(1)), 1), written), 1)

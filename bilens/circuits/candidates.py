@@ -102,7 +102,7 @@ def candidates(
             turned = torch.stack([auroc(z[n & one], z[~n & one]) - 0.5 for one in (g, ~g)]).amin(0)
             told = auroc(z[~n & g], z[~n & ~g]) - 0.5
             told = told.masked_fill(turned > tells, 0)
-            carried = lens.out.encode(seen.y[layer][at].to(lens.writers))
+            carried = lens.outputs(seen.x[layer][at], seen.y[layer][at])
             verdict = auroc(carried[g != n], carried[g == n]) - 0.5
             groups = (
                 _strongest("negators", turned.clamp(min=0), tells, most),

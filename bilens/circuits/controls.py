@@ -119,7 +119,8 @@ def run_edits(
 def _predictions(base: Baseline, c: Circuit) -> dict[str, Float[Tensor, " position"]]:
     """Return what the weights say about each edit: the change of the output feature's pre-activation."""
     lens = base.lens
-    alone = {side: removal_change(lens, getattr(c, side), c.feature, base.x) for side in ("left", "right")}
+    sides = {"left": c.left, "right": c.right}
+    alone = {side: removal_change(lens, inp, c.feature, base.x, base.z[:, inp]) for side, inp in sides.items()}
     coefficient = base.reader @ interaction(lens, c.left, c.right)
     top = lens.eigen(c.feature, 1)
     along = homogeneous(base.x, lens.tensor) @ top.vectors[0]

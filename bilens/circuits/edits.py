@@ -58,6 +58,9 @@ def without_feature(
 ) -> Iterator[BilinearTransformer]:
     """Take an input feature out of what enters the MLP, `x' = x - z_i d_i`; what its SAE does not explain stays.
 
+    `z_i` is its code (`FeatureLayer.codes`): of an SAE before the norm the root mean square is held, and the residual
+    stream that goes past the MLP keeps the feature.
+
     Args:
         lens: The layer.
         feature: Input feature.
@@ -65,11 +68,15 @@ def without_feature(
     """
     lens.check_feature("inp", feature)
 
-    def edit(x: Tensor, hook: object) -> Tensor:
-        z = lens.codes(x)[..., feature, None]
-        return x - _at(where, z * lens.writers[feature]).to(x)
+    seen = {}
 
-    with lens.model.hooks(fwd_hooks=[(lens.hook_in, edit)]) as model:
+    def look(x: Tensor, hook: object) -> None:
+        seen["part"] = lens.codes(x)[..., feature, None] * lens.writers[feature]
+
+    def edit(x: Tensor, hook: object) -> Tensor:
+        return x - _at(where, seen.pop("part")).to(x)
+
+    with lens.model.hooks(fwd_hooks=[(lens.hook_in, look), (lens.hook_entering, edit)]) as model:
         yield model
 
 
@@ -176,7 +183,7 @@ def without_eigenvector(
     top, reader = lens.eigen(feature, index + 1), lens.readers[feature]
 
     def share(x: Tensor) -> Tensor:
-        strength = (homogeneous(x.to(reader), lens.tensor) @ top.vectors[index]).pow(2) * top.values[index]
+        strength = (homogeneous(lens.entering(x), lens.tensor) @ top.vectors[index]).pow(2) * top.values[index]
         return strength[..., None] * reader / reader.dot(reader)
 
     with _without(lens, share, where) as model:
@@ -198,7 +205,7 @@ def steer(
     Args:
         lens: The layer.
         feature: Input or output feature, by `side`.
-        amount: In units of the feature's activation.
+        amount: In units of the feature's activation; of an input feature's code (`FeatureLayer.codes`).
         side: `"inp"` or `"out"`.
         where: At which positions; everywhere if `None`.
     """
@@ -236,7 +243,7 @@ def _without(
     part: Callable[[Float[Tensor, "b s d"]], Float[Tensor, "b s d"]],
     where: Bool[Tensor, "batch seq"] | None,
 ) -> Iterator[BilinearTransformer]:
-    """Subtract `part(x)` from what the MLP makes of x."""
+    """Subtract `part(x)` from what the MLP writes, x being what `hook_in` sees."""
     seen = {}
 
     def look(x: Tensor, hook: object) -> None:
@@ -252,7 +259,7 @@ def _without(
 def decoder_direction(lens: FeatureLayer, side: str, feature: int) -> tuple[str, Float[Tensor, " d_model"]]:
     """Return the hook point of one side, and what one of its features writes there at activation 1."""
     lens.check_feature(side, feature)
-    return (lens.hook_in, lens.writers[feature]) if side == "inp" else (lens.hook_out, writers(lens.out)[feature])
+    return (lens.hook_entering, lens.writers[feature]) if side == "inp" else (lens.hook_out, writers(lens.out)[feature])
 
 
 def _at(where: Bool[Tensor, "batch seq"] | None, change: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:

@@ -42,9 +42,9 @@ class Baseline:
     where: Bool[Tensor, "row seq"]
     resid: Float[Tensor, "row seq d_model"]  # entering the layer
     resid_post: Float[Tensor, "row seq d_model"]  # leaving it
-    x: Float[Tensor, "position d_model"]  # `position` runs over `where`
-    y: Float[Tensor, "position d_model"]
-    z: Float[Tensor, "position feature"]
+    x: Float[Tensor, "position d_model"]  # what enters the MLP; `position` runs over `where`
+    y: Float[Tensor, "position d_model"]  # what leaves it
+    z: Float[Tensor, "position feature"]  # codes of the input features, by which x is a sum of what they write
     logits: Float[Tensor, "position vocab"]
     following: Int[Tensor, " position"]  # the next token, -100 where there is none
 
@@ -63,8 +63,8 @@ class Baseline:
         model, n = lens.model, lens.model.cfg.n_layers
         some, where = windows[chosen], where[chosen, :stop]
         windows = Windows(some.tokens[:, :stop], some.attend[:, :stop], some.counts[:, :stop], some.text)
-        hooks = [f"blocks.{lens.layer}.{name}" for name in ("hook_resid_pre", "hook_mlp_in", "hook_mlp_out")]
-        hooks.append(f"blocks.{lens.layer}.hook_resid_post")
+        ends = [f"blocks.{lens.layer}.{name}" for name in ("hook_resid_pre", "hook_resid_post")]
+        hooks = [ends[0], lens.hook_in, lens.hook_out, ends[1]]
         options = {"names_filter": hooks, "stop_at_layer": n, "return_cache_object": False}
         resid, found = model.run_with_cache(windows.tokens, attention_mask=windows.attend, **options)
         before, x, y, after = (found[hook] for hook in hooks)
@@ -72,7 +72,7 @@ class Baseline:
         following[:, :-1] = windows.tokens[:, 1:].masked_fill(~windows.attend[:, 1:], -100)
         logits = model.unembed(model.ln_final(resid[where]))
         x, y = (value[where].to(reader) for value in (x, y))
-        parts = (x, y, lens.codes(x), logits, following[where])
+        parts = (lens.entering(x), y, lens.codes(x), logits, following[where])
         return cls(lens, reader, windows, where, before, after, *parts)
 
     def finish(self, resid: Float[Tensor, "row seq d_model"]) -> Float[Tensor, "position vocab"]:

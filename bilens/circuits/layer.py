@@ -11,14 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens import saes as _saes
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observed
-from bilens.saes.cards import FILE, FeatureCards
-from bilens.saes.directions import check_sae, readers, writers
-from bilens.saes.stored import SAE, sae_folder
+from bilens.saes.cards import FeatureCards
+from bilens.saes.directions import Which, check_sae, is_transcoder, offsets, readers, reading, reads_at, writers
+from bilens.saes.picking import pick, stored_cards
+from bilens.saes.scaling import scale_of
+from bilens.saes.stored import SAE, as_inference
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import Eigen, eigen
+
+from .entry import MLP_IN, Entry, first, input_hooks
+from .places import check_layer
 
 SIDES = {"inp": "input", "out": "output"}
 _DECOMPOSED = 32  # output features whose eigenvectors are kept: 8 MB for width 256, 134 MB for 1024
@@ -28,20 +32,28 @@ _DECOMPOSED = 32  # output features whose eigenvectors are kept: 8 MB for width 
 class FeatureLayer:
     """One bilinear MLP between an SAE at its input and an SAE at its output.
 
-    `pre_f = readers_f · MLP(x) + offset_f` with `x = z · writers + b_dec + error` (2410.08417, section 3.1): output
+    `pre_f = readers_f · MLP(x) + offset_f` with `x = z · writers + bias + error` (2410.08417, section 3.1): output
     features are read with the encoder, input features written with the decoder.
 
-    The SAEs are brought to the model's device, and to its dtype if that is at least float32 (a half-precision model
-    is widened here, which loses nothing); those that were passed stay as they are. What is read off the weights is
-    kept: make a new one after changing them.
+    The input SAE may stand before the norm. What enters the MLP then is `gain · x / rms + shift`, so `writers` are
+    decoder rows times the gain, and the codes `z` are the SAE's activations over the root mean square, one number for
+    each position (`factor`). The weights rank pairs whatever that number is; every prediction and every edit of the
+    running model takes it as it is measured at that position, and an edit holds it.
+
+    SAEs of any SAELens kind are taken, those in training as the inference SAEs that they are saved as. They are brought
+    to the model's device, and to its dtype if that is at least float32 (a half-precision model is widened here, which
+    loses nothing); those that were passed stay as they are. What is read off the weights is kept: make a new one after
+    changing them.
 
     Args:
         model: The model.
         layer: Which block.
-        inp: The SAE at `hook_mlp_in`.
-        out: The SAE at `hook_mlp_out`.
+        inp: The SAE at `hook_mlp_in`, `ln2.hook_normalized` or `hook_resid_mid`.
+        out: The SAE at `hook_mlp_out`, or a transcoder from one of the former to it: it is read with its decoder.
         inp_cards: Feature cards of the former, which name its features.
         out_cards: Feature cards of the latter.
+        read: Whether output features are read with the `"encoder"` or the `"decoder"`; if `None`, with the encoder if
+            it reads the MLP's output.
 
     Raises:
         ValueError: No such layer; or an SAE of another width or hook point, or of a model with other weights.
@@ -53,46 +65,95 @@ class FeatureLayer:
     out: SAE
     inp_cards: FeatureCards | None = None
     out_cards: FeatureCards | None = None
+    read: Which | None = None
     _decomposed: dict[int, Eigen] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        _check_layer(self.model, self.layer)
-        for side, hook in (("inp", self.hook_in), ("out", self.hook_out)):
-            check_sae(self.model, getattr(self, side), hook, f"{side}, the SAE at {hook},")
+        check_layer(self.model, self.layer)
+        for side in SIDES:
+            object.__setattr__(self, side, as_inference(getattr(self, side)))
+        check_input(self.model, self.layer, self.inp, "inp")
+        check_sae(self.model, self.out, self.hook_out, f"out, the SAE at {self.hook_out},")
+        if is_transcoder(self.out):
+            _ = self._reads  # raises if it reads something else than the MLP's input
+        object.__setattr__(self, "read", reading(self.out, self.read))
+        for side in SIDES:
             object.__setattr__(self, side, _beside(self.model.W_E, getattr(self, side)))
 
     @classmethod
-    def load(cls, model: BilinearTransformer, layer: int, saes: str | Path = "bilens-mini") -> "FeatureLayer":
+    def load(
+        cls,
+        model: BilinearTransformer,
+        layer: int,
+        saes: str | Path = "bilens-mini",
+        inp: str | None = None,
+        out: str | None = None,
+        revision: str | None = None,
+        read: Which | None = None,
+    ) -> "FeatureLayer":
         """Put a layer between the SAEs stored under `saes`, with their feature cards if they have been stored too.
 
         Args:
             model: The model.
             layer: Which block.
-            saes: `"bilens-mini"`, or a folder that `bilens.saes.fit` wrote.
+            saes: `"bilens-mini"`, a folder that `bilens.saes.fit` wrote, a folder or Hub repository in the published
+                -scope layout such as `"tdooms/ts-medium-scope"` or with SAEs of SAELens, or the name of a SAELens
+                release.
+            inp: Which of them stands before the MLP, by its name in `bilens.saes.catalogue(saes)`; may be left out
+                where there is one.
+            out: Which of them stands behind it, as `inp`.
+            revision: Branch, tag or commit on the Hub.
+            read: As for the class.
 
         Raises:
-            ValueError: No such layer; or SAEs that were fitted elsewhere, or to a model with other weights.
+            FileNotFoundError: No such folder, repository or SAE; the message lists those that there are.
+            ValueError: No such layer; no SAE of that layer and side, or several (the message lists them); SAEs that
+                were fitted elsewhere, or to a model with other weights; cards of another model.
         """
-        _check_layer(model, layer)
-        hooks = [f"blocks.{layer}.{name}" for name in ("hook_mlp_in", "hook_mlp_out")]
-        stored = [
-            FeatureCards.load(saes, hook, model) if (sae_folder(saes, hook) / FILE).exists() else None for hook in hooks
-        ]
-        return cls(model, layer, *(_saes.load(saes, hook) for hook in hooks), *stored)
+        check_layer(model, layer)
+        hooks = {"inp": input_hooks(layer)[:-1], "out": [f"blocks.{layer}.hook_mlp_out"]}
+        picked = {side: pick(saes, name, hooks[side], side, revision) for side, name in (("inp", inp), ("out", out))}
+        cards = [stored_cards(picked[side], model) for side in SIDES]
+        return cls(model, layer, picked["inp"].load(), picked["out"].load(), *cards, read)
 
     def __repr__(self) -> str:
         n_in, n_out = self.inp.cfg.d_sae, self.out.cfg.d_sae
-        return f"FeatureLayer(layer={self.layer}, {n_in} input features, {n_out} output features)"
+        before = "" if self._entry.hook.endswith(MLP_IN) else f" at {self._entry.hook}"
+        return f"FeatureLayer(layer={self.layer}, {n_in} input features{before}, {n_out} output features)"
 
     @property
     def hook_in(self) -> str:
-        """Name of the hook point the input SAE reads."""
-        return f"blocks.{self.layer}.hook_mlp_in"
+        """Name of the hook point that `codes`, `entering` and `factor` take the values of: the input SAE's.
+
+        It is the earlier one where an output transcoder reads further ahead.
+        """
+        return self._seen.hook
+
+    @property
+    def hook_entering(self) -> str:
+        """Name of the hook point of what enters the MLP."""
+        return f"blocks.{self.layer}.{MLP_IN}"
 
     @property
     def hook_out(self) -> str:
-        """Name of the hook point the output SAE reads."""
+        """Name of the hook point that is read: what the MLP adds to the residual stream."""
         return f"blocks.{self.layer}.hook_mlp_out"
+
+    @cached_property
+    def _entry(self) -> Entry:
+        """Where the input SAE stands."""
+        return Entry.of(self.model, self.layer, reads_at(self.inp) or self.hook_entering)
+
+    @cached_property
+    def _reads(self) -> Entry | None:
+        """Where an output transcoder reads."""
+        if not is_transcoder(self.out):
+            return None
+        return Entry.of(self.model, self.layer, reads_at(self.out) or self.hook_entering)
+
+    @cached_property
+    def _seen(self) -> Entry:
+        return self._entry if self._reads is None else first(self._entry, self._reads)
 
     # -- from the weights ---------------------------------------------------------------------------------------------
 
@@ -107,13 +168,19 @@ class FeatureLayer:
 
     @cached_property
     def readers(self) -> Float[Tensor, "feature d_model"]:
-        """Encoder rows of the output features."""
-        return readers(self.out)
+        """Directions that the output features are read with: encoder rows, or decoder rows."""
+        return readers(self.out, self.read)
+
+    @cached_property
+    def offsets(self) -> Float[Tensor, " feature"]:
+        """Constants of the output features' pre-activations."""
+        return offsets(self.out, self.read)
 
     @cached_property
     def writers(self) -> Float[Tensor, "feature d_model"]:
-        """Decoder rows of the input features."""
-        return writers(self.inp)
+        """What each input feature writes to what enters the MLP at a code of 1: decoder rows, times the norm's gain."""
+        rows = writers(self.inp)
+        return rows * self._entry.affine(rows)[0].detach()
 
     @cached_property
     def projected(self) -> BilinearTensor:
@@ -153,8 +220,62 @@ class FeatureLayer:
     # -- from the running model ---------------------------------------------------------------------------------------
 
     def codes(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch feature"]:
-        """Return the activations of the input features in what enters the MLP."""
-        return self.inp.encode(x.to(self.writers))
+        """Return how much of each input feature is in what enters the MLP: its activation times `factor`.
+
+        Args:
+            x: What `hook_in` sees.
+        """
+        return self.activations(x) * self.factor(x)
+
+    def activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch feature"]:
+        """Return the activations of the input features, as their SAE gives them.
+
+        Args:
+            x: What `hook_in` sees.
+        """
+        return self.inp.encode(self._seen.seen_at(self._entry, x.to(self.writers)))
+
+    def factor(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """Return what an activation is multiplied by on its way into the MLP, at each position.
+
+        `1 / sqrt(mean(x²) + eps)` of an SAE before the norm, and 1 behind it; times the size of what the SAE reads if
+        it divides by that (`bilens.saes.scale_of`).
+
+        Args:
+            x: What `hook_in` sees.
+        """
+        x = self._seen.seen_at(self._entry, x.to(self.writers))
+        return scale_of(self.inp, x).written / self._entry.rms(x)
+
+    def entering(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return what enters the MLP.
+
+        Args:
+            x: What `hook_in` sees.
+        """
+        return self._seen.enter(x.to(self.writers)).detach()
+
+    def outputs(
+        self, x: Float[Tensor, "*batch d_model"], y: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch feature"]:
+        """Return the activations of the output features, as their SAE gives them.
+
+        Args:
+            x: What `hook_in` sees: what a transcoder reads.
+            y: What leaves the MLP: what any other SAE reads.
+        """
+        if self._reads is None:
+            return self.out.encode(y.to(self.writers))
+        return self.out.encode(self._seen.seen_at(self._reads, x.to(self.writers)))
+
+    def reading(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """Return what is read of the MLP's output is multiplied by, at each position: 1 unless the SAE normalises.
+
+        Args:
+            y: What leaves the MLP.
+        """
+        y = y.to(self.writers)
+        return torch.ones_like(y[..., :1]) if self.read == "decoder" else 1 / scale_of(self.out, y).read
 
     @torch.no_grad()
     def at_positions(
@@ -162,7 +283,7 @@ class FeatureLayer:
         windows: Windows,
         of: Callable[[Float[Tensor, "position d_model"], Float[Tensor, "position d_model"]], Tensor],
     ) -> Tensor:
-        """Return `of(x, y)` at all positions of text, in their order: x enters the MLP, y leaves it.
+        """Return `of(x, y)` at all positions of text, in their order: `hook_in` sees x, and y leaves the MLP.
 
         Windows run a batch at a time, so only what `of` returns is held for all of them.
         """
@@ -224,9 +345,27 @@ class FeatureLayer:
         vars(self).update(state, _decomposed={})
 
 
-def _check_layer(model: BilinearTransformer, layer: int) -> None:
-    if not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(f"layer must lie between 0 and {model.cfg.n_layers - 1}, got {layer}")
+def check_input(model: BilinearTransformer, layer: int, sae: SAE, name: str) -> None:
+    """Make sure that an SAE can split what enters a layer's MLP, for all positions by the weights of that layer alone.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    hooks = input_hooks(layer)
+    hook = reads_at(sae) or hooks[0]
+    wanted = " or ".join(hooks[:-1])
+    if is_transcoder(sae):
+        raise ValueError(
+            f"{name} must write at the MLP's input, a {sae.cfg.architecture()} writes its output: pass it as out"
+        )
+    if hook == hooks[-1]:
+        raise ValueError(
+            f"{name} must be an SAE at {wanted}: at {hook} attention is still to come, so only "
+            "bilens.attribute, which measures it, takes one there"
+        )
+    if hook not in model.hook_dict or hook not in hooks:
+        raise ValueError(f"{name} must be an SAE at {wanted}, got one of {hook}")
+    check_sae(model, sae, hook, f"{name}, the SAE at {hook},")
 
 
 def _beside(weight: Tensor, sae: SAE) -> SAE:

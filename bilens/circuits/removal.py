@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observe
-from bilens.saes.directions import offsets
 from bilens.tensor.bilinear import homogeneous
 
 from .circuit import Circuit
@@ -44,7 +43,8 @@ def remove(lens: FeatureLayer, inp: int, feature: int, tokens: Int[Tensor, "batc
     """Take one input feature out of what enters the MLP at a position, and see what an output feature does.
 
     `x' = x - z_i d_i`, for which the weights predict exactly what `removal_change` says. The model is really run with
-    the edit: prediction and measurement must agree to rounding. An activation of zero there removes nothing.
+    the edit: prediction and measurement must agree to rounding. An activation of zero there removes nothing. What an
+    output SAE divides by, if it does, is held as it was.
 
     Args:
         lens: The layer.
@@ -66,21 +66,33 @@ def remove(lens: FeatureLayer, inp: int, feature: int, tokens: Int[Tensor, "batc
     x, y = run()
     with without_feature(lens, inp, where):
         _, after = run()
-    offset = offsets(lens.out)[feature]
-    before, measured = (value @ lens.readers[feature] + offset for value in (y, after))
-    predicted = before + removal_change(lens, inp, feature, x)
-    encoded = (lens.out.encode(value)[:, feature] for value in (y, after))
+    scale, offset = lens.reading(y)[:, 0], lens.offsets[feature]
+    before, measured = (value @ lens.readers[feature] * scale + offset for value in (y, after))
+    change = removal_change(lens, inp, feature, lens.entering(x), lens.codes(x)[:, inp])
+    predicted = before + change * scale
+    encoded = (lens.outputs(x, value)[:, feature] for value in (y, after))
     return Removal(inp, before, predicted, measured, *encoded)
 
 
 def removal_change(
-    lens: FeatureLayer, inp: int, feature: int, x: Float[Tensor, "position d_model"]
+    lens: FeatureLayer,
+    inp: int,
+    feature: int,
+    x: Float[Tensor, "position d_model"],
+    z: Float[Tensor, " position"],
 ) -> Float[Tensor, " position"]:
-    """Return what removing an input feature does to an output feature, `Δpre = -2 z_i d_iᵀ Q x + z_i² d_iᵀ Q d_i`.
+    """Return what removing an input feature does to what is read, `Δ = -2 z_i d_iᵀ Q x + z_i² d_iᵀ Q d_i`.
 
     Exact, biases of the layer included: with them Q and x have the constant leg, and d_i is zero there.
+
+    Args:
+        lens: The layer.
+        inp: The input feature.
+        feature: The output feature that is read.
+        x: What enters the MLP.
+        z: Codes of the input feature (`FeatureLayer.codes`).
     """
-    matrix, gone = lens.tensor.matrix(lens.readers[feature]), lens.codes(x)[:, inp, None] * lens.writers[inp]
+    matrix, gone = lens.tensor.matrix(lens.readers[feature]), z[:, None] * lens.writers[inp]
     x = homogeneous(x, lens.tensor)
     gone = nn.functional.pad(gone, (0, x.shape[1] - gone.shape[1]))
     return einsum(gone, matrix, gone - 2 * x, "position i, i j, position j -> position")

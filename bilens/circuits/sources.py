@@ -14,7 +14,7 @@ from bilens.models.transformer import BilinearTransformer
 
 from .places import Places, check_layer, locate
 from .targets import Reading, Target
-from .terms import Terms, in_pieces, pair_terms, with_unit
+from .terms import Terms, in_pieces, with_unit
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -148,5 +148,5 @@ def attribute_sources(
     for some in in_pieces(came.values):
         parts = F.pad(came.values[some], (0, 0, 1, 0))  # nothing of the stream is bias
         parts = with_unit(parts, came.factor[some], came.shift)
-        table.append(pair_terms(read.matrix, parts) * scale[some, None, None])
+        table.append(read.terms(parts, scale[some]))
     return SourceAttribution(target, layer, came.places, torch.cat(table), read.measure(found), came.names)

@@ -149,9 +149,9 @@ def predict_all(lens: FeatureLayer, features: Sequence[int], texts: Texts, k: in
     tops = [lens.eigen(feature, k) for feature in features]
 
     def both(x: Tensor, y: Tensor) -> Tensor:
-        x = homogeneous(x, lens.tensor)
-        predicted = torch.stack([(x @ top.vectors.T).pow(2) @ top.values for top in tops], 1)
-        return torch.stack((lens.out.encode(y)[:, features], predicted), 2)
+        entering = homogeneous(lens.entering(x), lens.tensor)
+        predicted = torch.stack([(entering @ top.vectors.T).pow(2) @ top.values for top in tops], 1)
+        return torch.stack((lens.outputs(x, y)[:, features], predicted * lens.reading(y)), 2)
 
     found = lens.at_positions(Windows.of(lens.model, texts), both) if features else []
     return [Prediction(*found[:, i].unbind(1)) for i in range(len(features))]

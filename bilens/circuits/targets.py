@@ -12,7 +12,8 @@ from torch import Tensor
 from bilens.models.layers import Norm
 from bilens.models.logits import logit_directions, token_ids
 from bilens.models.transformer import BilinearTransformer
-from bilens.saes.directions import check_sae, offsets, readers
+from bilens.saes.directions import Which, check_sae, offsets, readers, reading, writes_at
+from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE
 
 from .places import check_layer
@@ -32,18 +33,27 @@ class Target:
     reader: Float[Tensor, " d_model"]
     offset: Float[Tensor, ""]
     out: SAE | None = None  # which has the feature
+    scaled: SAE | None = None  # by whose scale what is read is divided
 
     @classmethod
-    def feature(cls, out: SAE, feature: int) -> "Target":
-        """Read a feature of an SAE at the layer's `hook_mlp_out`.
+    def feature(cls, out: SAE, feature: int, read: Which | None = None) -> "Target":
+        """Read a feature of an SAE at the layer's `hook_mlp_out`, or of a transcoder around the MLP.
+
+        Args:
+            out: The SAE.
+            feature: Which.
+            read: With its encoder or its decoder, as for `bilens.saes.readers`. With the former, of an SAE that divides
+                by the size of what it reads, the target is divided by that too, as it is measured.
 
         Raises:
-            ValueError: It has no such feature.
+            ValueError: It has no such feature, or no such reader.
         """
         if not 0 <= feature < out.cfg.d_sae:
             raise ValueError(f"feature must lie between 0 and {out.cfg.d_sae - 1}, got {feature}")
-        reader, offset = readers(out)[feature], offsets(out)[feature]
-        return cls("feature", f"feature {feature}", feature, reader, offset, out)
+        reader, offset = readers(out, read)[feature], offsets(out, read)[feature]
+        name = f"feature {feature}" if reading(out, read) == "encoder" else f"feature {feature} (decoder)"
+        scaled = out if reading(out, read) == "encoder" else None
+        return cls("feature", name, feature, reader, offset, out, scaled)
 
     @classmethod
     def token(cls, model: BilinearTransformer, token: str | int) -> "Target":
@@ -72,7 +82,7 @@ class Reading:
     """A target of one layer as a quadratic form on what enters the MLP and a constant 1, and how to measure it."""
 
     target: Target
-    matrix: Float[Tensor, "leg leg"]  # float64, the offset included
+    matrix: Float[Tensor, "leg leg"]  # float64
     hook: str
     final: str | None  # the last residual stream, if the final norm's root mean square counts
     norm: Norm
@@ -94,7 +104,6 @@ class Reading:
         tensor = model.blocks[layer].mlp.tensor().detach().to(torch.float64)
         matrix = tensor.matrix(target.reader.to(tensor.down))
         matrix = matrix if tensor.constant else F.pad(matrix, (0, 1, 0, 1))
-        matrix[-1, -1] += target.offset.to(matrix)
         final = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post" if target.kind == "token" else None
         return cls(target, matrix, hook, final, model.ln_final)
 
@@ -104,15 +113,36 @@ class Reading:
         return [self.hook] if self.final is None else [self.hook, self.final]
 
     def scale(self, found: Mapping[str, Tensor]) -> Float[Tensor, " position"]:
-        """Return what the target is multiplied by: one over the final root mean square, of a token, else 1."""
+        """Return what is read is multiplied by: one over the final root mean square, of a token; else 1.
+
+        Of a feature of an SAE that divides by the size of what it reads, one over that.
+        """
+        if self.target.scaled is not None:
+            return scale_of(self.target.scaled, found[self.hook]).read[:, 0].reciprocal()
         if self.final is None:
             return torch.ones_like(found[self.hook][:, 0])
         return self.norm.rms(found[self.final])[:, 0].reciprocal()
 
+    def terms(
+        self, parts: Float[Tensor, "position part leg"], scale: Float[Tensor, " position"]
+    ) -> Float[Tensor, "position part part"]:
+        """Return the terms of what enters the MLP, split into parts of which the first holds the bias."""
+        table = pair_terms(self.matrix, parts) * scale[:, None, None]
+        table[:, 0, 0] += self.target.offset.to(table)
+        return table
+
     def measure(self, found: Mapping[str, Tensor]) -> Float[Tensor, " position"]:
         """Return what the running model gives."""
         y = found[self.hook]
-        return (y @ self.target.reader.to(y) + self.target.offset.to(y)) * self.scale(found)
+        return y @ self.target.reader.to(y) * self.scale(found) + self.target.offset.to(y)
+
+
+def pair_terms(
+    matrix: Float[Tensor, "leg leg"], parts: Float[Tensor, "position part leg"]
+) -> Float[Tensor, "position part part"]:
+    """Return the term of each unordered pair of parts, `(2 - δ_ab) p_a Q p_b` for `a <= b`, zero below."""
+    full = parts @ matrix @ parts.mT
+    return 2 * full.triu(1) + torch.diag_embed(full.diagonal(dim1=1, dim2=2))
 
 
 def fitting_hook(model: BilinearTransformer, sae: SAE, name: str, hooks: Sequence[str]) -> str:
@@ -121,7 +151,7 @@ def fitting_hook(model: BilinearTransformer, sae: SAE, name: str, hooks: Sequenc
     Raises:
         ValueError: It is at another hook point, or does not fit.
     """
-    hook = sae.cfg.metadata.hook_name
+    hook = writes_at(sae)
     if hook not in hooks:
         raise ValueError(f"{name} must be an SAE at {' or '.join(hooks)} (cfg.metadata.hook_name), got {hook!r}")
     check_sae(model, sae, hook, name)

@@ -116,11 +116,3 @@ def with_unit(
     parts[:, 0, :-1] += shift
     parts[:, 0, -1] = 1
     return parts
-
-
-def pair_terms(
-    matrix: Float[Tensor, "leg leg"], parts: Float[Tensor, "position part leg"]
-) -> Float[Tensor, "position part part"]:
-    """Return the term of each unordered pair of parts, `(2 - δ_ab) p_a Q p_b` for `a <= b`, zero below."""
-    full = parts @ matrix @ parts.mT
-    return 2 * full.triu(1) + torch.diag_embed(full.diagonal(dim1=1, dim2=2))

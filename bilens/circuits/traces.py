@@ -8,10 +8,12 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.saes.directions import offsets, readers
+from bilens.saes.directions import offsets, readers, reading
+from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE
 
-from .attribution import Attribution, input_hooks
+from .attribution import Attribution
+from .entry import MLP_IN, NORMALIZED, Entry, input_hooks
 from .places import Places
 from .sources import Sources
 from .targets import fitting_hook
@@ -52,31 +54,45 @@ def trace(
     """Trace input features one step back: how much of each pre-activation came from which source.
 
     `pre_i = Σ_s readers_i · source_s + offset_i`. An active feature's activation is its pre-activation, so a pair's
-    term is a table over sources as well: `2 Q_ij pre_i[s] pre_j[t]`.
+    term is a table over sources as well: `2 Q_ij pre_i[s] pre_j[t]`. Where the norm, or the SAE itself, divides by a
+    size, every source is divided by it as it is measured.
 
     Args:
         came: The sources.
-        inp: SAE at the same layer's `hook_mlp_in` or `hook_resid_mid`.
+        inp: SAE at the same layer's `hook_mlp_in`, `ln2.hook_normalized` or `hook_resid_mid`.
         features: Which features: the same at all positions, or for each position its own, such as the `features` of an
             attribution. The -1 that fills those up has values of zero.
 
     Raises:
-        ValueError: An SAE that does not fit, a feature that does not exist.
+        ValueError: An SAE that does not fit or has no encoder, a feature that does not exist.
     """
-    hook = fitting_hook(came.model, inp, "inp", input_hooks(came.layer))
+    hook = fitting_hook(came.model, inp, "inp", input_hooks(came.layer)[:-1])
+    if reading(inp, None) != "encoder":
+        raise ValueError(f"inp must be an SAE with a linear encoder, got {inp.cfg.architecture()}")
     ids = torch.atleast_2d(torch.as_tensor(features, device=came.values.device)).expand(len(came.values), -1)
     if ids.numel() and not -1 <= ids.min() <= ids.max() < inp.cfg.d_sae:
         bad = ids[(ids < -1) | (ids >= inp.cfg.d_sae)][0].item()
         raise ValueError(f"features must hold ids from 0 to {inp.cfg.d_sae - 1} (or -1 for none), got {bad}")
-    after_norm = hook.endswith("mlp_in")
+    factor, shift = _norm_before(came, hook)
+    seen = came.values.sum(1) * factor + shift
     rows = readers(inp).to(came.values.device)[ids.clamp(min=0)].to(came.values)
-    bias = offsets(inp).to(came.values)[ids.clamp(min=0)]
-    parts = came.entering if after_norm else came.values
+    rows = rows / scale_of(inp, seen).read[:, None]
+    parts = came.values * factor[:, None]
     values = einsum(rows, parts, "position feature d, position source d -> position feature source")
-    if after_norm:
-        bias = bias + rows @ came.shift
+    bias = offsets(inp).to(came.values)[ids.clamp(min=0)] + rows @ shift
     none = ids == -1
     return Trace(came.names, came.places, ids, values.masked_fill(none[..., None], 0), bias.masked_fill(none, 0))
+
+
+def _norm_before(came: Sources, hook: str) -> tuple[Float[Tensor, "position d_model"], Float[Tensor, " d_model"]]:
+    """Return factor and shift: a hook point sees `factor * resid_mid + shift`."""
+    if hook.endswith(MLP_IN):
+        return came.factor, came.shift
+    x, entry = came.values.sum(1), Entry.of(came.model, came.layer, hook)
+    factor = torch.ones_like(x)
+    if hook.endswith(NORMALIZED):
+        factor = factor / entry.norm.rms(x)
+    return factor, torch.zeros_like(came.shift)
 
 
 def trace_pair(

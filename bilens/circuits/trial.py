@@ -174,9 +174,10 @@ def _scan(
     top = lens.eigen(circuit.feature, max(ks))
 
     def columns(x: Tensor, y: Tensor) -> Tensor:
-        parts = ((homogeneous(x, lens.tensor) @ top.vectors.T).pow(2) * top.values).cumsum(1)
+        entering = homogeneous(lens.entering(x), lens.tensor)
+        parts = ((entering @ top.vectors.T).pow(2) * top.values).cumsum(1) * lens.reading(y)
         both = (lens.codes(x)[:, [circuit.left, circuit.right]] != 0).all(1, keepdim=True)
-        actual = lens.out.encode(y)[:, [circuit.feature]]
+        actual = lens.outputs(x, y)[:, [circuit.feature]]
         return torch.cat((actual, both.to(actual), parts[:, [k - 1 for k in ks]]), 1)
 
     found = lens.at_positions(windows, columns)

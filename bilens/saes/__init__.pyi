@@ -1,6 +1,9 @@
 from .cards import FILE as FILE
 from .cards import Card as Card
 from .cards import FeatureCards as FeatureCards
+from .catalogue import Catalogue as Catalogue
+from .catalogue import Stored as Stored
+from .catalogue import catalogue as catalogue
 from .collecting import EDGES as EDGES
 from .collecting import auroc as auroc
 from .collecting import collect as collect
@@ -25,6 +28,8 @@ from .roles import names_of as names_of
 from .rolescores import Role as Role
 from .rolescores import RoleScores as RoleScores
 from .rolescores import auroc_of_counts as auroc_of_counts
+from .scaling import Scale as Scale
+from .scaling import scale_of as scale_of
 from .stored import POINTS as POINTS
 from .stored import SAE as SAE
 from .stored import ScopeSAE as ScopeSAE

@@ -247,17 +247,26 @@ class FeatureCards:
             FileNotFoundError: No SAE, or none with cards.
             ValueError: The cards are of another model.
         """
-        path = sae_folder(name, hook) / FILE
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["cards"])
-        tensors = load_file(path)
-        if about["provenance"]["model"] != fingerprint(model):
-            raise ValueError(f"model must be the one that {path} was made with, but its weights have another hash")
-        contexts = Contexts(
-            tensors["contexts.tokens"].long(), tensors["contexts.values"].float(), tensors["density"], about["peak"]
-        )
-        roles = RoleScores.read(about["roles"], about["positions"], tensors) if "roles" in about else None
-        return cls(
-            about["hook"], contexts, tensors["histogram"].long(), tensors["mean"], tensors["tokens"].long(),
-            tensors["effects"].float(), tensors["auroc"], about["labels"], about["provenance"], model, roles,
-        )  # fmt: skip
+        return read_cards(sae_folder(name, hook) / FILE, model)
+
+
+def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
+    """Read the cards of one file.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The cards are of another model.
+    """
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["cards"])
+    tensors = load_file(path)
+    if about["provenance"]["model"] != fingerprint(model):
+        raise ValueError(f"model must be the one that {path} was made with, but its weights have another hash")
+    contexts = Contexts(
+        tensors["contexts.tokens"].long(), tensors["contexts.values"].float(), tensors["density"], about["peak"]
+    )
+    roles = RoleScores.read(about["roles"], about["positions"], tensors) if "roles" in about else None
+    return FeatureCards(
+        about["hook"], contexts, tensors["histogram"].long(), tensors["mean"], tensors["tokens"].long(),
+        tensors["effects"].float(), tensors["auroc"], about["labels"], about["provenance"], model, roles,
+    )  # fmt: skip

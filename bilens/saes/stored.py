@@ -1,5 +1,6 @@
 """Sparse autoencoders on disk: published ones, and SAELens' own format, in which fitted ones are kept."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
@@ -7,9 +8,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from sae_lens import SAE, TopKSAE, TopKSAEConfig, register_sae_class
+from sae_lens import SAE, TopKSAE, TopKSAEConfig, TrainingSAE, register_sae_class
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from bilens.models.files import atomic_write
 from bilens.models.sources import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
 
+from .listing import list_files
+
+SCOPE_FILES = ("config.json", "model.safetensors")
 POINTS = {  # names of the published layout, and what they are called here
     "resid-pre": "hook_resid_pre",
     "resid-mid": "hook_resid_mid",
@@ -75,7 +79,7 @@ def load_scope(repo_or_folder: str | Path, name: str, *, revision: str | None = 
     Raises:
         FileNotFoundError: No such SAE; the message lists the nearest names that there are.
         CheckpointError: A config that contradicts the tensors, or a variant whose features are not a top-k of a linear
-            map (bilinear encoder, token lookup).
+            map (bilinear encoder, token lookup), that divides what it reads, or that writes to another point.
     """
     folder = _scope_folder(repo_or_folder, name, revision)
     config = read_json(folder / "config.json")
@@ -83,6 +87,13 @@ def load_scope(repo_or_folder: str | Path, name: str, *, revision: str | None = 
     for key in ("bilinear_encoder", "token_lookup"):
         if config.get(key):
             raise CheckpointError(f"{folder / 'config.json'}: {key} is set, which is not a linear top-k SAE")
+    if config.get("normalize") is not None:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: normalize must be null, got {config['normalize']}: whether the features are of "
+            "activations divided by it is not written down anywhere"
+        )
+    if config.get("target") not in (None, config["point"]):
+        raise CheckpointError(f"{folder / 'config.json'}: target must be null or the point, got {config['target']}")
     d_in, d_sae = config["d_model"], config["expansion"] * config["d_model"]
     shapes = {"w_enc.weight": (d_sae, d_in), "w_dec.weight": (d_in, d_sae), "b_dec": (d_in,)}
     if config.get("encoder_bias", "w_enc.bias" in tensors):
@@ -95,7 +106,7 @@ def load_scope(repo_or_folder: str | Path, name: str, *, revision: str | None = 
                 f"{list(shapes[key]) if key in shapes else 'absent'} by its config, got {found and list(found)}"
             )
     point, layer = config["point"]
-    hook = f"blocks.{layer}.{POINTS[point.replace('_', '-')]}"
+    hook = scope_hook(point, layer)
     metadata = SAEMetadata(model_name=str(repo_or_folder), hook_name=hook, context_size=config.get("n_ctx"))
     with torch.random.fork_rng(devices=[]):  # SAELens draws weights, which are overwritten
         sae = ScopeSAE(ScopeSAEConfig(d_in=d_in, d_sae=d_sae, k=config["k"], metadata=metadata))
@@ -116,15 +127,21 @@ def _scope_folder(repo_or_folder: str | Path, name: str, revision: str | None) -
     paths = [source.optional(f"{name}/{file}") for file in SCOPE_FILES]
     if None not in paths:
         return paths[0].parent
-    if source.folder is None:
-        there = huggingface_hub.list_repo_files(source.name, revision=revision)
-    else:
-        there = [str(path.relative_to(source.folder)) for path in source.folder.glob("*/model.safetensors")]
-    names = sorted({Path(file).parent.name for file in there if file.endswith("/model.safetensors")})
-    raise FileNotFoundError(_no_sae(name, source.name, names))
+    files, where = list_files(source, ("/model.safetensors",))
+    names = sorted({Path(file).parent.name for file in files})
+    raise FileNotFoundError(_no_sae(name, where, names))
 
 
-SCOPE_FILES = ("config.json", "model.safetensors")
+def scope_hook(point: str, layer: int) -> str:
+    """Return the hook point of a point of the published layout, `mlp-out` or `mlp_out`.
+
+    Raises:
+        CheckpointError: No such point.
+    """
+    name = point.replace("_", "-")
+    if name not in POINTS:
+        raise CheckpointError(f"point must be one of {', '.join(POINTS)}, got {point!r}")
+    return f"blocks.{layer}.{POINTS[name]}"
 
 
 def _no_sae(name: str, where: str | Path, names: Sequence[str]) -> str:
@@ -154,6 +171,42 @@ def sae_folder(name: str | Path, hook: str) -> Path:
         there = sorted(path.parent.name for path in root.glob("*/cfg.json"))
         raise FileNotFoundError(f"{root} has no SAE for {hook!r}; it has {', '.join(there) or 'none'}")
     return root / hook
+
+
+def load_release(release: str, name: str) -> SAE:
+    """Load an SAE of a SAELens release, as SAELens does.
+
+    Raises:
+        FileNotFoundError: The release has no such SAE; the message lists the nearest.
+    """
+    there = releases().get(release, ())
+    if name not in there:
+        raise FileNotFoundError(_no_sae(name, f"SAELens' release {release!r}", sorted(there)))
+    return SAE.from_pretrained(release, name, device="cpu").eval()
+
+
+def releases() -> dict[str, tuple[str, ...]]:
+    """Return the names of the SAEs of each release that SAELens knows."""
+    return {name: tuple(one.saes_map) for name, one in get_pretrained_saes_directory().items()}
+
+
+def as_inference(sae: SAE) -> SAE:
+    """Return the inference SAE that one in training is saved as (top-k over a batch becomes a jump), others as is.
+
+    Raises:
+        ValueError: Not an SAE of SAELens.
+    """
+    if not isinstance(sae, SAE):
+        raise ValueError(f"an SAE must be one of SAELens (bilens.saes.of_arrays makes one of arrays), got {type(sae)}")
+    if not isinstance(sae, TrainingSAE):
+        return sae
+    trained = copy.deepcopy(sae)  # the conversion folds norms in place
+    state = trained.state_dict()
+    trained.process_state_dict_for_saving_inference(state)
+    with torch.random.fork_rng(devices=[]):  # SAELens draws weights, which are overwritten
+        made = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict())
+    made.load_state_dict(state)
+    return made.to(sae.W_dec.device, sae.W_dec.dtype).eval()
 
 
 def save(sae: SAE, folder: str | Path, dtype: torch.dtype | None = None) -> None:
