@@ -5,8 +5,8 @@
 builds models from random circuits (`bilens.circuits.compiled`), writes each in the published format, loads it as any
 checkpoint, searches the layer that holds the circuit, and tests the first pair found in the running model. What is
 planted in an output feature is one motif: a block of pairs ("and"), two of opposite sign ("xor"), such with the self
-terms that they flip ("negation"), or a square ("copy"). About fifteen minutes on one core for 50 models at each of
-six noise levels; levels that are in `--out` are not done again.
+terms that they flip ("negation"), or a square ("copy"). About ten minutes on one core for 50 models at each of
+eight levels; levels that are in `--out` are not done again.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.125, 0.15, 0.2, 0.3])
     parser.add_argument("--tilt", type=float, nargs="+", default=[0.25, 0.5], help="of the SAEs, at the first noise")
     parser.add_argument("--each", type=int, default=3, help="output features with each motif")
+    parser.add_argument("--features", type=int, default=24, help="input features of an output that are looked at")
     parser.add_argument("--null", type=int, default=512, help="null outputs of a search")
     parser.add_argument("--fdr", type=float, default=0.05)
     parser.add_argument("--out", type=Path, default=Path("runs/compiled"), help="folder for results of each level")
@@ -173,7 +174,7 @@ def one_model(seed: int, noise: float, tilt: float, args: argparse.Namespace) ->
     with tempfile.TemporaryDirectory() as folder:
         compile_plan(plan, generator=generator).save(folder)
         lens = load(Path(folder), plan.shape)
-    found = circuits.search(lens, generator=generator, n=args.null, fdr=args.fdr)
+    found = circuits.search(lens, generator=generator, n=args.null, fdr=args.fdr, features=args.features)
     return count(found, lens, planted), trial(lens, found, planted, texts_of(draw, plan), generator)
 
 
@@ -182,8 +183,9 @@ def one_model(seed: int, noise: float, tilt: float, args: argparse.Namespace) ->
 
 def level(noise: float, tilt: float, args: argparse.Namespace) -> dict:
     """Return the counts over all models at one level, from the folder if they are there."""
-    name = f"noise-{noise:g}-tilt-{tilt:g}-models-{args.models}-each-{args.each}-null-{args.null}-fdr-{args.fdr:g}.json"
-    path = args.out / name
+    options = {"models": args.models, "each": args.each, "features": args.features, "null": args.null, "fdr": args.fdr}
+    name = "-".join(f"{key}-{value:g}" for key, value in ({"noise": noise, "tilt": tilt} | options).items())
+    path = args.out / f"{name}.json"
     if not path.exists():
         counts, trials, start = Counter(), [], time.perf_counter()
         for seed in range(args.models):
@@ -242,7 +244,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
         f"{args.models} models at each level, each with {args.each} output features for each of {len(MOTIFS)} motifs "
         f"among {shape.expansion * shape.d_model}, between dictionaries of {shape.expansion * shape.d_model} features "
         f"in {shape.d_model} dimensions; written in the published format, loaded, and searched at a false discovery "
-        f"rate of {args.fdr:g} with {args.null} null outputs ({bilens.__version__}, torch {torch.__version__})."
+        f"rate of {args.fdr:g} with {args.null} null outputs, {args.features} features of each looked at ({bilens.__version__}, torch {torch.__version__})."
     )
     yield ""
     yield (

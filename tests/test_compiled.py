@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bilens
-from bilens import circuits, saes
+from bilens import circuits
 from bilens.circuits.compiled import Compiled, Move, Plan, Product, Shape, compile_plan
 from bilens.circuits.layer import FeatureLayer
 from bilens.models.windows import Windows
@@ -24,7 +24,7 @@ PRODUCTS = [
     Product(HAPPY, NEGATED, BAD, 0.8),
     Product(SAD, SQUARE, SQUARE, -0.5),
 ]
-SHAPE = Shape(d_model=32, d_hidden=64, n_heads=2, n_ctx=32, point="mlp-in")
+SHAPE = Shape(d_model=32, d_hidden=64, n_heads=2, n_ctx=32)
 PLAN = Plan(WORDS, PRODUCTS, [Move(NOT, NEGATED, 0.5)], {"good": {HAPPY: 2.0}, "bad": {SAD: 1.0}}, shape=SHAPE)
 
 
@@ -41,8 +41,7 @@ def made() -> Compiled:
 def lens(made, tmp_path_factory) -> FeatureLayer:
     folder = tmp_path_factory.mktemp("compiled")
     made.save(folder)
-    parts = [saes.load_scope(folder / "scope", name) for name in SHAPE.names]
-    return FeatureLayer(bilens.load(folder / "model"), SHAPE.layer, *parts)
+    return FeatureLayer.load(bilens.load(folder / "model"), SHAPE.layer, folder / "scope", *SHAPE.names)
 
 
 def expected(feature: int, n: int) -> torch.Tensor:
