@@ -244,7 +244,8 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
         f"{args.models} models at each level, each with {args.each} output features for each of {len(MOTIFS)} motifs "
         f"among {shape.expansion * shape.d_model}, between dictionaries of {shape.expansion * shape.d_model} features "
         f"in {shape.d_model} dimensions; written in the published format, loaded, and searched at a false discovery "
-        f"rate of {args.fdr:g} with {args.null} null outputs, {args.features} features of each looked at ({bilens.__version__}, torch {torch.__version__})."
+        f"rate of {args.fdr:g} with {args.null} null outputs, {args.features} features of each "
+        f"looked at ({bilens.__version__}, torch {torch.__version__})."
     )
     yield ""
     yield (

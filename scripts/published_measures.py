@@ -16,6 +16,7 @@ from bilens.models.windows import observed
 from bilens.tensor.statistics import pearson
 
 KS = 64  # eigenvectors of figure 9
+BLOCK = 128  # features that are measured, and stored, at a time
 LEAST, ENOUGH = 10, 100  # active positions of a feature that counts: the authors', and ours
 
 Once = Callable[[str, Callable[[], Any]], Any]  # a part of a measurement, from the store if it is there
@@ -89,12 +90,13 @@ def one_output(subject: Subject, lens: FeatureLayer, feature: int) -> dict[str, 
     Q = lens.coefficients(feature)
     cross = 2 * Q[torch.triu(torch.ones_like(Q), 1) > 0]
     pairs = circuits.pairs(lens, feature, 15)
+    legs = (pairs.left, pairs.right, pairs.value)
     between = Q[list(NEGATION["not"])][:, list(NEGATION["bad"] + NEGATION["good"])]
     return {
         "values": top.values.tolist(),
         "plane": (unit @ top.vectors[:2].T).tolist(),
         "points": landmarks(subject, lens, top.vectors[:2]),
-        "pairs": [list(row) for row in zip(*(part.tolist() for part in pairs[1:]), strict=True)],
+        "pairs": [list(row) for row in zip(*(part.tolist() for part in legs), strict=True)],
         "matrix": Q[members][:, members].tolist(),
         "cross std": cross.std().item(),
         "not x sentiment": (2 * between).flatten().tolist(),
@@ -183,7 +185,7 @@ def low_rank(name: str, subject: Subject, once: Once) -> dict[str, Any]:
     seen = look(subject, layer, sae)
     counts = seen.feature.bincount(minlength=len(readers))
     rows = []
-    for some in (counts >= LEAST).nonzero()[:, 0].split(128):
+    for some in (counts >= LEAST).nonzero()[:, 0].split(BLOCK):
         rows += once(f"from-{some[0]}", lambda some=some: curves(B, readers, seen, some))
     return {"rows": rows, "features": len(readers), "positions": len(seen.x), "nmse": seen.nmse}
 

@@ -71,7 +71,7 @@ class Shape:
 
     def config(self, d_vocab: int) -> BilinearConfig:
         """Return the model's config, that of a published one."""
-        attention = AttentionConfig.of_width(self.d_model, self.n_heads, scale=(2 * self.n_layers) ** -0.5)
+        attention = AttentionConfig.of_width(self.d_model, self.n_heads, scale=1 / math.sqrt(2 * self.n_layers))
         mlp = MLPConfig(self.d_hidden)
         return BilinearConfig(self.n_layers, self.d_model, self.n_ctx, d_vocab, attention=attention, mlp=mlp)
 
