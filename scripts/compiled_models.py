@@ -6,7 +6,7 @@ builds models from random circuits (`bilens.circuits.compiled`), writes each in 
 checkpoint, searches the layer that holds the circuit, and tests the first pair found in the running model. What is
 planted in an output feature is one motif: a block of pairs ("and"), two of opposite sign ("xor"), such with the self
 terms that they flip ("negation"), or a square ("copy"). About ten minutes on one core for 50 models at each of
-eight levels; levels that are in `--out` are not done again.
+eight levels; models that are in `--out` are not done again.
 """
 
 import argparse
@@ -14,11 +14,10 @@ import json
 import random
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +38,7 @@ PART_OF = {  # motifs that an output with a planted one has too: what finds them
     "copy": {"copy"},
 }
 NEGATORS, POLAR, OTHERS = 3, 4, 16  # input features: negators, of either sentiment, and all others that words have
+STATED = 0.1  # noise at which recall and false discoveries are promised
 QUICK = Protocol(n_bootstrap=50, n_pairs=20, n_directions=5, max_windows=8)
 SHAPE = Shape(expansion=2)
 N_FEATURES = SHAPE.expansion * SHAPE.d_model
@@ -49,10 +49,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=50, help="for each level")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.125, 0.15, 0.2, 0.3])
-    parser.add_argument("--tilt", type=float, nargs="+", default=[0.25, 0.5], help="of the SAEs, at the first noise")
+    parser.add_argument(
+        "--tilt", type=float, nargs="*", default=[0.25, 0.5], help=f"of the SAEs, at a noise of {STATED}"
+    )
     parser.add_argument("--each", type=int, default=3, help="output features with each motif")
     parser.add_argument("--features", type=int, default=24, help="input features of an output that are looked at")
-    parser.add_argument("--null", type=int, default=512, help="null outputs of a search")
+    parser.add_argument("--null", type=int, default=256, help="null outputs of a search")
     parser.add_argument("--fdr", type=float, default=0.05)
     parser.add_argument("--out", type=Path, default=Path("runs/compiled"), help="folder for results of each level")
     parser.add_argument("--write", type=Path, help="write the table to this file too")
@@ -130,8 +132,8 @@ def count(found: Discoveries, lens: FeatureLayer, planted: list[Planted]) -> Cou
     counts = Counter()
     for one in planted:
         hits = [d for d in found.of(one.motif) if d.out == one.products[0].out]
-        counts["planted", one.motif] += 1
-        counts["found", one.motif] += len(hits)
+        counts[f"planted/{one.motif}"] += 1
+        counts[f"found/{one.motif}"] += len(hits)
         for hit in hits:
             counts += members(hit, one)
     for one in found.found:
@@ -167,7 +169,7 @@ def trial(
     return None
 
 
-def one_model(seed: int, noise: float, tilt: float, args: argparse.Namespace) -> tuple[Counter, dict | None]:
+def one_model(seed: int, noise: float, tilt: float, args: argparse.Namespace) -> dict[str, Any]:
     """Build a model, load it, search it, and test a circuit."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     plan, planted = random_plan(draw, args.each, noise, tilt)
@@ -175,28 +177,26 @@ def one_model(seed: int, noise: float, tilt: float, args: argparse.Namespace) ->
         compile_plan(plan, generator=generator).save(folder)
         lens = load(Path(folder), plan.shape)
     found = circuits.search(lens, generator=generator, n=args.null, fdr=args.fdr, features=args.features)
-    return count(found, lens, planted), trial(lens, found, planted, texts_of(draw, plan), generator)
+    tested = trial(lens, found, planted, texts_of(draw, plan), generator)
+    return {"counts": count(found, lens, planted), "trial": tested}
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
 def level(noise: float, tilt: float, args: argparse.Namespace) -> dict:
-    """Return the counts over all models at one level, from the folder if they are there."""
-    options = {"models": args.models, "each": args.each, "features": args.features, "null": args.null, "fdr": args.fdr}
+    """Return the counts over all models at one level, with those that are in the folder; each is kept once done."""
+    options = {"each": args.each, "features": args.features, "null": args.null, "fdr": args.fdr}
     name = "-".join(f"{key}-{value:g}" for key, value in ({"noise": noise, "tilt": tilt} | options).items())
     path = args.out / f"{name}.json"
-    if not path.exists():
-        counts, trials, start = Counter(), [], time.perf_counter()
-        for seed in range(args.models):
-            some, tested = one_model(seed, noise, tilt, args)
-            counts += some
-            trials += [tested] if tested else []
-        seconds = time.perf_counter() - start
-        flat = {"/".join(key) if isinstance(key, tuple) else key: value for key, value in counts.items()}
+    done = json.loads(path.read_text()) if path.exists() else []
+    for seed in range(len(done), args.models):
+        done.append(one_model(seed, noise, tilt, args))
         with atomic_write(path) as partial:
-            partial.write_text(json.dumps({"counts": flat, "trials": trials, "seconds": seconds}, indent=1))
-    return json.loads(path.read_text())
+            partial.write_text(json.dumps(done))
+    done = done[: args.models]
+    counts = sum((Counter(one["counts"]) for one in done), Counter())
+    return {"counts": counts, "trials": [one["trial"] for one in done if one["trial"]], "models": len(done)}
 
 
 def ratio(found: dict, of: str, among: str) -> float:
@@ -209,7 +209,7 @@ def row(noise: float, tilt: float, found: dict) -> str:
     """Return one level as a row of the table."""
     counts, trials = found["counts"], found["trials"]
     planted, hit = (sum(counts.get(f"{kind}/{motif}", 0) for motif in MOTIFS) for kind in ("planted", "found"))
-    cells = [f"{noise:g}", f"{tilt:g}", f"{hit / planted:.3f}"]
+    cells = [f"{noise:g}", f"{tilt:g}", f"{found['models']}", f"{hit / planted:.3f}"]
     cells += [f"{ratio(counts, f'found/{motif}', f'planted/{motif}'):.3f}" for motif in MOTIFS]
     cells += [f"{counts.get('discoveries', 0)}", f"{ratio(counts, 'false', 'discoveries'):.3f}"]
     cells += [
@@ -224,6 +224,7 @@ def row(noise: float, tilt: float, found: dict) -> str:
 HEAD = (
     "noise",
     "tilt",
+    "models",
     "recall",
     *MOTIFS,
     "discoveries",
@@ -260,10 +261,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     yield ""
     yield f"| {' | '.join(HEAD)} |"
     yield "|---" * len(HEAD) + "|"
-    for noise, tilt in [
-        *((noise, 0.0) for noise in args.noise),
-        *((args.noise[min(1, len(args.noise) - 1)], t) for t in args.tilt),
-    ]:
+    for noise, tilt in [*((noise, 0.0) for noise in args.noise), *((STATED, tilt) for tilt in args.tilt)]:
         yield row(noise, tilt, level(noise, tilt, args))
 
 

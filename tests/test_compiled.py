@@ -1,7 +1,9 @@
 """Compiled models: everything that was stated is there when the checkpoint is read back, and nothing else."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ from bilens import circuits
 from bilens.circuits.compiled import Compiled, Move, Plan, Product, Shape, compile_plan
 from bilens.circuits.layer import FeatureLayer
 from bilens.models.windows import Windows
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+script = pytest.importorskip("compiled_models")
+sys.path.remove(str(SCRIPTS))
 
 NOT, GOOD, BAD, NEGATED, HAPPY, SAD, SQUARE = 3, 7, 11, 40, 90, 17, 21
 WORDS = {
@@ -149,3 +156,51 @@ def test_a_head_too_narrow_for_its_distances_is_refused():
     narrow = replace(PLAN, shape=replace(SHAPE, n_heads=16, n_ctx=256))
     with pytest.raises(ValueError, match=r"back must be distances that a head of width 2 can tell, got \(1, 2, 3\)"):
         build(narrow)
+
+
+# -- the script -------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_counts_what_was_planted_and_what_was_not(lens):
+    square = script.Planted("copy", [Product(5, SQUARE, SQUARE, 1.0)])
+    planted = [script.Planted("and", PRODUCTS[:1]), square]
+    named = {"A": [NEGATED], "B": [GOOD, BAD, 5], "source": [SQUARE]}
+    *sides, source = (
+        circuits.groups.Group(role, torch.tensor(some), torch.ones(len(some))) for role, some in named.items()
+    )
+    found = [("and", SAD, sides), ("and", HAPPY, sides), ("outlier", SAD, []), ("negation", SAD, sides)]
+    found = tuple(
+        circuits.discovery.Discovery(out, motif, 1.0, 0.0, 0.0, tuple(groups))
+        for motif, out, groups in [*found, ("copy", 5, [source])]
+    )
+    nothing, motifs = torch.zeros(128, len(circuits.scoring.MOTIFS)), circuits.scoring.MOTIFS
+    counts = script.count(
+        circuits.discovery.Discoveries(motifs, nothing, nothing, nothing, (), 0.05, found), lens, planted
+    )
+    assert (counts["planted/and"], counts["found/and"], counts["found/copy"]) == (1, 1, 1)
+    assert (counts["discoveries"], counts["false"]) == (5, 2)  # and in HAPPY, negation in SAD
+    assert (counts["circuits"], counts["false circuits"]) == (3, 1)
+    assert (counts["own features"], counts["named"], counts["named rightly"]) == (2 + 1, 4 + 1, 2 + 1)
+
+
+def test_the_script_finds_circuits_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    command = [
+        "--noise",
+        "0.05",
+        "--tilt",
+        "--null",
+        "256",
+        "--out",
+        str(tmp_path),
+        "--write",
+        str(tmp_path / "table.md"),
+    ]
+    script.main([*command, "--models", "1"])
+    row = (tmp_path / "table.md").read_text().splitlines()[-1].split("|")[1:-1]
+    assert float(row[3]) >= 0.9  # of the motifs are found
+    assert float(row[9]) == 0  # none that is not there
+    assert float(row[-1].split()[0]) < 1e-4
+    whole, seeds = script.one_model, []
+    monkeypatch.setattr(script, "one_model", lambda seed, *rest: seeds.append(seed) or whole(seed, *rest))
+    script.main([*command, "--models", "2"])
+    assert seeds == [1]
