@@ -1,7 +1,9 @@
 """What `reproduce.py published` measures of a model, and how."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from bilens.circuits.layer import FeatureLayer
 from bilens.models.windows import observed
 from bilens.tensor.statistics import pearson
 
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # results of other code are measured again
 KS = 64  # eigenvectors of figure 9
 BLOCK = 128  # features that are measured, and stored, at a time
 LEAST, ENOUGH = 10, 100  # active positions of a feature that counts: the authors', and ours

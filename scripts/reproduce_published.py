@@ -7,8 +7,8 @@ SAEs add to it (appendix G), the negation circuit of ts-medium (figure 8), how w
 features (figure 9), SAEs trained ever longer (appendix H), effective ranks, and the ranking of features of the authors'
 tutorial. It prints one table of (claimed, measured, why they may differ) and writes `--out`/page.html with figures.
 
-What is in `--out` and was measured of the same weights, SAEs and text is not measured again. What the Hub does not
-have is said in its row, and the exit status is 1. About an hour on one core for ts-medium, minutes on a GPU.
+What is in `--out` and was measured of the same weights, SAEs and text, and as it is measured here, is not measured
+again. What the Hub does not have is said in its row, and the exit status is 1.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from published_measures import Measurement, measurements
+from published_measures import CODE, Measurement, measurements
 from published_page import Row, rows_of, write_page
 from published_studies import STUDIES, Subject
 from tqdm import tqdm
@@ -86,7 +86,7 @@ def read_texts(name: str, n: int) -> list[str]:
 
 def measure(subject: Subject, one: Measurement, store: Store, model: str) -> Any:
     """Measure one thing, or return what was measured of the same weights, SAEs and text."""
-    about = subject.provenance(one.saes)
+    about = subject.provenance(one.saes) | {"code": CODE}
     key = f"{model}/{one.name}"
     part = lambda name, run: store.once(f"{key}.parts/{name}", about, run)  # noqa: E731
     return store.once(key, about, partial(one.run, subject, part))
