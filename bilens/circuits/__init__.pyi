@@ -3,6 +3,7 @@ from . import attribution as attribution
 from . import bigrams as bigrams
 from . import candidates as candidates
 from . import circuit as circuit
+from . import compiled as compiled
 from . import controls as controls
 from . import couplings as couplings
 from . import discovery as discovery
