@@ -10,12 +10,15 @@ from torch import Tensor
 
 from bilens.models.windows import Texts, Windows
 from bilens.tensor.bilinear import homogeneous
+from bilens.tensor.extremes import two_strongest
 from bilens.tensor.interactions import Interactions, top_interactions
+from bilens.tensor.matrices import Matrices
 from bilens.tensor.outputs import top_outputs
 from bilens.tensor.statistics import pearson
 
 from .layer import FeatureLayer
 from .records import plain
+from .scoring import edge
 
 _MATRICES = 128  # decomposed at a time
 
@@ -71,19 +74,12 @@ def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength", 
     some = torch.arange(n, device=lens.readers.device)
     if k is not None:
         some = top_outputs(B, lens.readers, min(k, n), "top2").out
-    parts = [two_strongest(B.matrix(readers)) for readers in lens.readers[some].split(_MATRICES)]
-    values, bulk = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = Outliers(some, values, bulk)
+    matrices = Matrices(B, len(some))
+    parts = [two_strongest(matrices.of(readers)) for readers in lens.readers[some].split(_MATRICES)]
+    values, others = (torch.cat(part) for part in zip(*parts, strict=True))
+    found = Outliers(some, values, edge(others))
     order = getattr(found, by).argsort(descending=True, stable=True)
-    return Outliers(some[order], values[order], bulk[order])
-
-
-def two_strongest(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:
-    """Return the two eigenvalues of largest magnitude, and the edge of the others' spectrum, as in `outliers`."""
-    values = torch.linalg.eigvalsh(M)
-    values = values.gather(1, values.abs().argsort(dim=1, descending=True, stable=True))
-    edge = 2 * values[:, 2:].pow(2).mean(1).sqrt()
-    return values[:, :2], edge.clamp(min=torch.finfo(M.dtype).tiny)
+    return Outliers(some[order], values[order], found.bulk[order])
 
 
 def pairs(lens: FeatureLayer, feature: int, k: int = 10) -> Interactions:
