@@ -35,17 +35,14 @@ class Frame:
         from scipy.linalg import qr  # a tenth of a second to import
 
         exact = D.detach().double().cpu()
-        _, R, pivots = qr(exact.T.numpy(), mode="economic", pivoting=True)
-        order = torch.from_numpy(pivots).long()
-        size = torch.from_numpy(R).diagonal().abs()
-        rank = int((size > torch.finfo(working_dtype(D.dtype)).eps * max(D.shape) * size[0]).sum())
-        base, others = exact[order[:rank]], exact[order[rank:]]
-        if not rank:
+        R, pivots = (torch.from_numpy(part) for part in qr(exact.T.numpy(), mode="r", pivoting=True))
+        size, order = R.diagonal().abs(), pivots.long()
+        rank = int((size > torch.finfo(working_dtype(D.dtype)).eps * max(D.shape) * size[:1]).sum())
+        # D[order]ᵀ = Q R, so that the others are the base's times this
+        rest = torch.linalg.solve_triangular(R[:rank, :rank], R[:rank, rank:], upper=True).T
+        if not rank or (len(rest) and torch.linalg.vector_norm(rest, dim=1).max() > _STEEP):
             return cls.plain(D)
-        rest = torch.linalg.lstsq(base.T, others.T).solution.T
-        if len(rest) and torch.linalg.vector_norm(rest, dim=1).max() > _STEEP:
-            return cls.plain(D)
-        return cls(base.to(D), rest.to(D), order.to(D.device))
+        return cls(D[order[:rank].to(D.device)], rest.to(D), order.to(D.device))
 
     @classmethod
     def plain(cls, D: Float[Tensor, "n d"]) -> "Frame":
