@@ -138,8 +138,9 @@ def search(
     Returns:
         The discoveries, and all scores. Cost `m · (m / 2 + d_model) · d_model` multiplications with
         `m = n_in - d_model` for each output and null output, twice to three times that for rotation and untrained,
-        little for the signs: @MS@ ms on one core for 1024 features of width 256. 64 MiB (float32) of matrices at a
-        time, half the cube twice if that fits, and `n_out · (features² + n_in)` numbers.
+        little for the signs. 64 MiB (float32) of matrices at a time, half the cube twice if that fits, and
+        `n_out · (features² + n_in)` numbers. The search for groups decides between sums that may nearly tie: a score
+        in some hundreds hangs on the last bits.
 
     Raises:
         ValueError: An unknown motif or null model, one the other cannot test, a count below 1 or too low for a tail,
