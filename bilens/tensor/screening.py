@@ -97,7 +97,7 @@ class Block:
         self.A = space.take("A", n_in, self.n, d)
         self.n_base = self.layer.n_base  # of them the product is M itself
         others = n_in - self.n_base
-        torch.mm(self.layer.writers[:others], across.view(d, -1), out=self.A[:others].view(others, -1))
+        torch.mm(self.layer.writers[:others], across.view(d, -1), out=self.A[:others].flatten(1))
         self.A[others:] = across[: self.n_base]
         self.slack = self.row_bounds(M_norm, M_largest, M_error)
 
