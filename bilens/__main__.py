@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("model", nargs="?", default="bilens-mini", help="bilens-mini, a folder or a Hub repository")
     one.add_argument("--layer", type=int, help="which layer (default: where negators turn the verdict most surely)")
     one.add_argument("--text", help="text to test on: a file, or a Hub dataset (default: sampled from the model)")
+    one.add_argument("--texts", type=int, default=2000, help="how many texts of --text to read, from the first on")
     one.add_argument("--features", type=int, default=6, help="output features to report in detail")
     one.add_argument("--tests", type=int, default=1, help="of how many the strongest pair is tested on the text")
     one.add_argument("--controls", type=int, default=20, help="matched pairs that a tested pair is compared with")
@@ -135,15 +136,23 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
 
         layers = chosen_layers(args)
         lenses = {i: load_layer(args, model, i) for i in layers}
-        texts = read_texts(args.text) if args.text else None
+        texts = read_texts(args.text, args.texts) if args.text else None
     generator = torch.Generator().manual_seed(args.seed)
     negation = find_negation(console, lenses, readout, generator)
     couplings = find_couplings(console, lenses, generator) if negation is None else None
+    terminal.print_couplings(console, couplings)
     lens = lenses[strongest_layer(negation, couplings, layers[len(layers) // 2])]
     n_features, ends = len(lens.readers), "at each end of an MLP"
     if len(lens.writers) != n_features:
         ends = f"behind an MLP, {len(lens.writers)} before it"
     console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features {ends}")
+    if texts is not None:
+        forecast(console, args, lens, texts)
+    with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
+        strongest = bilens.top_interactions(
+            lens.tensor, 100, out=lens.readers, inp=lens.writers, **long_run(args, lens)
+        )
+    terminal.print_ranking(console, lens, strongest)
     with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
         found = circuits.search(lens, generator=generator, null=args.null, n=args.draws)
     with console.status("sampling text from the model ..."):
@@ -159,13 +168,10 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     if couplings is not None:
         with console.status(f"testing negation in layer {lens.layer} on text ..."):
             coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator)
-        terminal.print_couplings(console, couplings, coupling_test)
-    with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
-        strongest = bilens.top_interactions(
-            lens.tensor, 100, out=lens.readers, inp=lens.writers, **long_run(args, lens)
-        )
-    terminal.print_ranking(console, lens, strongest)
-    source = args.text or f"{len(dataset)} texts sampled from the model itself"
+        terminal.print_coupling_test(console, coupling_test)
+    source = (
+        f"{len(dataset)} texts of {args.text}" if args.text else f"{len(dataset)} texts sampled from the model itself"
+    )
     out = args.out or (None if args.json else REPORT)
     if out is not None:
         with console.status("writing the report ..."):
@@ -280,13 +286,29 @@ def mark_sentences(lens: "FeatureLayer", negation: "Negation | None") -> "list[M
     return [mark(lens, sentence, halves(here[0])) for sentence in asked]
 
 
+def forecast(console: "Console", args: argparse.Namespace, lens: "FeatureLayer", texts: Sequence[str]) -> None:
+    """Say how much text was read, and how long the model will take over it: what a few texts take, as many times."""
+    from bilens.models.windows import Windows, observed
+
+    with console.status("looking how long the text will take ..."):
+        windows = Windows.of(lens.model, texts)
+        some = windows[:: -(-len(windows) // 16)]
+        began = time.perf_counter()
+        for _ in observed(lens.model, some, [lens.hook_out]):
+            pass
+        n_tokens = int(windows.attend.sum())
+        seconds = (time.perf_counter() - began) * n_tokens / int(some.attend.sum())
+    cut = f" (the first of {args.text}; --texts for more)" if len(texts) == args.texts else ""
+    console.print(f"{len(texts)} texts{cut}, {n_tokens} tokens: the model will read them in about {seconds:.0f} s")
+
+
 def check_counts(args: argparse.Namespace) -> None:
     """Make sure that there is enough of everything.
 
     Raises:
         ValueError: There is not.
     """
-    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200)):
+    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200), ("texts", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
 

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 import bilens
 from bilens import BilinearTensor, saes
+from bilens.circuits.scoring import Shared
+from bilens.tensor.extremes import two_strongest
+from bilens.tensor.precision import product_rates, screen_dtype
 
 K = 1000
 SHAPES = {  # d_model, hidden, features, outputs timed
@@ -62,6 +65,8 @@ def environment(device: str) -> None:
     print(f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
     if device != "cpu":
         print(f"device: {device}")
+    rates = ", ".join(f"{rate / 1e9:.3g} in {dtype}" for dtype, rate in product_rates(torch.device(device)).items())
+    print(f"CPU capability {torch.backends.cpu.get_cpu_capability()}; GFLOP/s of products: {rates}")
     print("\n| what | bilens | alternative | ratio | |\n|---|---|---|---|---|")
 
 
@@ -100,9 +105,10 @@ def embedded_layer(layer: int, device: str) -> tuple[BilinearTensor, Tensor, Ten
 
 
 def product_rate(d: int, n: int, device: str) -> float:
-    """Return the floating-point operations per second of bfloat16 products of this shape."""
-    a, b = torch.randn(4096, d, device=device).bfloat16(), torch.randn(d, n, device=device).bfloat16()
-    out = torch.empty(4096, n, device=device, dtype=torch.bfloat16)
+    """Return the floating-point operations per second of products of this shape, in the dtype that is screened in."""
+    dtype = screen_dtype(torch.device(device))
+    a, b = torch.randn(4096, d, device=device).to(dtype), torch.randn(d, n, device=device).to(dtype)
+    out = torch.empty(4096, n, device=device, dtype=dtype)
     seconds = median(timed(lambda: [torch.mm(a, b, out=out) for _ in range(5)], device) for _ in range(7)) / 5
     return 2 * 4096 * d * n / seconds
 
@@ -156,6 +162,27 @@ def memory(device: str) -> None:
             peaks.append(int(done.stdout))
         ours, theirs = (f"{peak / 2**20:.0f} MiB" for peak in peaks)
         print(f"| peak memory, {name} | {ours} | {theirs} | {peaks[1] / peaks[0]:.2f}x | budget 1024 MiB |", flush=True)
+
+
+# -- search for motifs ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def search(device: str) -> None:
+    """Compare what `circuits.search` shares among outputs with each output's own matrix, product and whole spectrum."""
+    B, readers, writers = embedded_layer(2, device)
+    shared, some = Shared(B, writers, len(readers)), readers[:32]
+    M = B.matrix(some)
+    row("matrices of 32 outputs", *duel(lambda: shared.residual.of(some), lambda: B.matrix(some)), "from half the cube")
+    row(
+        "largest coefficient of each feature, 32 outputs",
+        *duel(
+            lambda: shared.frame.largest(shared.inner.of(some), 1 << 24),
+            lambda: [(writers @ one @ writers.T).abs().amax(1) for one in M],
+        ),
+        "in a basis of features; alternative from dense matrices",
+    )
+    row("two strongest eigenvalues, 32 outputs", *duel(lambda: two_strongest(M), lambda: torch.linalg.eigvalsh(M)))
 
 
 # -- spectra ----------------------------------------------------------------------------------------------------------
@@ -272,7 +299,14 @@ def imports(device: str) -> None:
     row("import bilens", *duel(lambda: start("bilens"), lambda: start("torch"), runs=9), "against import torch")
 
 
-PARTS = {"ranking": ranking, "memory": memory, "spectra": spectra, "forward": forward, "imports": imports}
+PARTS = {
+    "ranking": ranking,
+    "memory": memory,
+    "search": search,
+    "spectra": spectra,
+    "forward": forward,
+    "imports": imports,
+}
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bilens import BilinearTensor, top_interactions
-from bilens.tensor import interactions, precision, state
+from bilens.tensor import interactions, precision, scaled, state
 from bilens.tensor.budget import Plan
 from bilens.tensor.screening import Block
 from bilens.tensor.sharding import check_group
@@ -90,14 +90,17 @@ def plan(monkeypatch):
     exclude_self=st.booleans(),
     screen=st.sampled_from([torch.bfloat16, torch.float32]),
     memory=st.sampled_from([64, 1 << 30]),  # little: candidates are refined in float32 first
+    enough=st.sampled_from([1, 1 << 30]),  # outputs for a basis made of features
 )
-def test_exact_order_with_ties(plan, seed, k, constant, read, written, exclude_self, screen, memory):
+def test_exact_order_with_ties(plan, seed, k, constant, read, written, exclude_self, screen, memory, enough):
     g = torch.Generator().manual_seed(seed)
     B = integer_tensor(g, constant=constant)
     out = integers(g, 5, 3, high=1) if read else None
     inp = integers(g, 3, 4 - constant, high=1) if written else None
     plan(g)
-    found = top_interactions(B, k, out, inp, per_output=3, exclude_self=exclude_self, screen=screen, memory=memory)
+    options = {"per_output": 3, "exclude_self": exclude_self, "screen": screen, "memory": memory}
+    with patch.object(scaled, "_ENOUGH", enough):
+        found = top_interactions(B, k, out, inp, **options)
     expected = [pair for pair in brute_force(B, out, inp) if not (exclude_self and pair[2] == pair[3])]
     assert listed(found) == expected[:k]
     n_out = 5 if read else 3
@@ -113,8 +116,9 @@ def test_exact_order_with_ties(plan, seed, k, constant, read, written, exclude_s
     wide=st.booleans(),
     screen=st.sampled_from([torch.bfloat16, torch.float32]),
     memory=st.sampled_from([1 << 16, 1 << 30]),
+    enough=st.sampled_from([1, 1 << 30]),
 )
-def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen, memory):
+def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen, memory, enough):
     """Repeated, zero, tiny and huge rows; pairs that differ by less than bfloat16, or float32, resolves."""
     g = torch.Generator().manual_seed(seed)
     dtype = torch.float64 if wide else torch.float32
@@ -123,7 +127,8 @@ def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen,
     inp[3], inp[5], inp[8], inp[9] = inp[4], 0, inp[7] * (1 + 2.0**-12), inp[7] * (1 + 2.0**-22)
     inp[11], inp[12], out[2], out[4], out[5] = inp[11] * 1e-3, inp[12] * 30, out[1], 0, out[5] * 1e-12
     plan(g)
-    found = top_interactions(B, k, out, inp, screen=screen, memory=memory, per_output=4)
+    with patch.object(scaled, "_ENOUGH", enough):
+        found = top_interactions(B, k, out, inp, screen=screen, memory=memory, per_output=4)
     expected = brute_force(B.to(torch.float64), out, inp)[:k]
     exact = {tuple(pair): value for value, *pair in brute_force(B.to(torch.float64), out, inp)}
     tolerance = 1e-11 if wide else 1e-6
@@ -149,19 +154,20 @@ def dense(B, out, inp):
     return Q.triu() + Q.triu(1)
 
 
+@pytest.mark.parametrize("n_out", [48, 80])  # of more than 64 a float32 screen has a basis made of features
 @pytest.mark.parametrize("screen", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("k", [1, 50, 3000])
-def test_a_layer_against_brute_force(k, screen):
-    B, out, inp = medium()
+def test_a_layer_against_brute_force(k, screen, n_out):
+    B, out, inp = medium(n_out)
     found = top_interactions(B, k, out, inp, screen=screen, per_output=5)
     Q = dense(B, out, inp)
     order = Q.abs().flatten().argsort(descending=True)[:k]
     assert torch.equal((found.out * 300 + found.left) * 300 + found.right, order)
     torch.testing.assert_close(found.value.double(), Q.flatten()[order], rtol=1e-6, atol=0)
     each = Q.abs().flatten(1).argsort(dim=1, descending=True)[:, :5]
-    assert torch.equal((found.per_output.left * 300 + found.per_output.right).view(48, 5), each)
+    assert torch.equal((found.per_output.left * 300 + found.per_output.right).view(n_out, 5), each)
     about = found.certificate
-    assert about.screened == 48 * 300 * 301 // 2
+    assert about.screened == n_out * 300 * 301 // 2
     assert k <= about.verified < about.screened / 20
     assert 0 < about.error < about.bound
 

@@ -13,7 +13,7 @@ from bilens.tensor.bilinear import BilinearTensor
 from .groups import Group, name_groups
 from .nulls import LEAST_FOR_TAIL, NULLS, Null, fit, null_scores
 from .records import plain
-from .scoring import MOTIFS, Scoring
+from .scoring import MOTIFS, Scoring, Strongest
 
 
 @runtime_checkable
@@ -136,10 +136,11 @@ def search(
             Without it no p-value is below `1 / (n + 1)`.
 
     Returns:
-        The discoveries, and all scores. Cost `n_in · d_model · (n_in + d_model)` multiplications for each output and
-        null output, but for the signs, which cost little: 18 ms on one core for 1024 features of width 256, a minute
-        for 1024 outputs and 2048 null outputs. 64 MiB (float32) of matrices at a time, and `n_out · features²` numbers
-        for the signs.
+        The discoveries, and all scores. Cost `m · (m / 2 + d_model) · d_model` multiplications with
+        `m = n_in - d_model` for each output and null output, twice to three times that for rotation and untrained,
+        little for the signs. 64 MiB (float32) of matrices at a time, half the cube twice if that fits, and
+        `n_out · (features² + n_in)` numbers. The search for groups decides between sums that may nearly tie: a score
+        in some hundreds hangs on the last bits.
 
     Raises:
         ValueError: An unknown motif or null model, one the other cannot test, a count below 1 or too low for a tail,
@@ -158,14 +159,15 @@ def search(
     B = B.detach().without_constant()
     B = B.to(torch.promote_types(B.down.dtype, torch.float32))
     task = Scoring(B, readers.detach().to(B.down), writers.detach().to(B.down), motifs, features, group)
-    observed, strongest = task.observe("signs" in null)
+    scores, chunks = zip(*task.observe(task.readers, motifs), strict=True)
+    observed, strongest = torch.cat(scores), Strongest(*map(torch.cat, zip(*chunks, strict=True)))
     nulls = tuple(
-        fit(name, motifs, null_scores(task, name, n, generator, strongest), len(readers), tail) for name in null
+        fit(name, motifs, null_scores(task, name, n, generator, strongest.T), len(readers), tail) for name in null
     )
     p = torch.stack([one.p(observed) for one in nulls]).amax(0)
     q = q_values(p)
     order = sorted((q <= fdr).nonzero().tolist(), key=lambda at: (q[at[0], at[1]].item(), p[at[0], at[1]].item(), at))
-    groups = name_groups(task, order)
+    groups = name_groups(task, strongest, order)
     found = tuple(
         Discovery(o, motifs[m], observed[o, m].item(), p[o, m].item(), q[o, m].item(), members)
         for (o, m), members in zip(order, groups, strict=True)

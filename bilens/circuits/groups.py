@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .motifs import GROUPED
 from .records import plain
-from .scoring import Scoring, Strongest, squares, strongest_features
+from .scoring import Scoring, Strongest
 
 _SHARE = 0.5  # of the strongest weight, to be named in a group: planted groups are named best then
 
@@ -35,24 +35,23 @@ class Group:
         return plain({name: getattr(self, name) for name in ("role", "features", "weights")})
 
 
-def name_groups(task: Scoring, found: Sequence[Sequence[int]]) -> list[tuple[Group, ...]]:
-    """Name the features of each `(output, motif)`, the motif by its number."""
+def name_groups(task: Scoring, seen: Strongest, found: Sequence[Sequence[int]]) -> list[tuple[Group, ...]]:
+    """Name the features of each `(output, motif)`, the motif by its number, given the strongest of every output."""
     done: dict[tuple[int, int], tuple[Group, ...]] = {}
     for column, motif in enumerate(task.motifs):
         outs = [o for o, m in found if m == column]
         for i in range(0, len(outs), task.chunk):
             some = outs[i : i + task.chunk]
-            M = task.B.matrix(task.readers[some])
-            strongest = strongest_features(M, task.writers, min(task.features, len(task.writers)))
-            members = _members(motif, M, task.writers, strongest, task.group)
+            members = _members(motif, task.writers, Strongest(*(part[some] for part in seen)), task.group)
             done |= {(o, column): each for o, each in zip(some, members, strict=True)}
     return [done[o, m] for o, m in found]
 
 
-def _members(motif: str, M: Tensor, D: Tensor, strongest: Strongest, group: int) -> list[tuple[Group, ...]]:
+def _members(motif: str, D: Tensor, strongest: Strongest, group: int) -> list[tuple[Group, ...]]:
     """Return the groups of a motif in each output; weights are coefficients of Q, not in units of σ."""
     if motif == "copy":
-        best = squares(M, D, strongest.own).argmax(1, keepdim=True)
+        least = torch.finfo(D.dtype).tiny
+        best = (strongest.own.abs() / D.pow(2).sum(1).clamp(min=least)).argmax(1, keepdim=True)
         return [(Group("source", *parts),) for parts in zip(best, strongest.own.gather(1, best), strict=True)]
     if motif == "outlier":
         return [_halves(*parts, group) for parts in zip(*strongest[:3], strict=True)]

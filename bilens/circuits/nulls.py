@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 from bilens.tensor.bilinear import BilinearTensor
 
 from .motifs import GROUPED
-from .scoring import MOTIFS, Scoring
+from .scoring import MOTIFS, Scoring, strongest_features
 
 NULLS = {  # and the motifs whose score each of them changes
     "readers": MOTIFS,
@@ -78,22 +78,39 @@ def null_scores(
     """
     if name in _OWN:
         n = len(task.readers) * max(_DRAWS, math.ceil(n / len(task.readers)))
-    part = replace(task, motifs=tuple(_PART.get(motif, motif) for motif in task.motifs))
+    parts = tuple(_PART.get(motif, motif) for motif in task.motifs)
+    if name == "readers":
+        return torch.cat([scores for scores, _ in task.observe(directions(task, n, generator), parts)])
     drawn = draws(task, name, n, generator, T)
-    return torch.cat([part.score_groups(*draw) if name == "signs" else part.score(*draw)[0] for draw in drawn])
+    if name == "signs":
+        return torch.cat([torch.stack([GROUPED[part](one, task.group).score for part in parts], 1) for (one,) in drawn])
+    m = min(task.features, len(task.writers))
+    return torch.cat([task.score(M, D, strongest_features(M, D, m), parts) for M, D in drawn])
+
+
+def directions(task: Scoring, n: int, generator: torch.Generator) -> Float[Tensor, "n out"]:
+    """Return random directions with the norms of the readers."""
+    drawn = []
+    for i in _passes(task, n):
+        noise = _normal(task.readers[i], generator)
+        drawn.append(noise * (task.readers[i].norm(dim=1) / noise.norm(dim=1))[:, None])
+    return torch.cat(drawn)
+
+
+def _passes(task: Scoring, n: int) -> Iterator[Tensor]:
+    """Yield the outputs again and again, n in all and some at a time, none of them twice."""
+    outs = len(task.readers)
+    passes = torch.arange(outs, device=task.readers.device).repeat(math.ceil(n / outs))[:n]
+    return (i for once in passes.split(outs) for i in once.split(task.chunk))
 
 
 def draws(
     task: Scoring, name: str, n: int, generator: torch.Generator, T: Float[Tensor, "out m m"] | None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matrices and writers of null outputs, `(M, D)`; for the signs only `(T,)`."""
+    """Yield matrices and writers of null outputs that do not share the layer's, `(M, D)`; for the signs only `(T,)`."""
     D, B = task.writers, task.B
-    passes = torch.arange(len(task.readers), device=D.device).repeat(math.ceil(n / len(task.readers)))[:n]
-    for i in (i for once in passes.split(len(task.readers)) for i in once.split(task.chunk)):  # no output twice
-        if name == "readers":
-            noise = _normal(task.readers[i], generator)
-            yield B.matrix(noise * (task.readers[i].norm(dim=1) / noise.norm(dim=1))[:, None]), D
-        elif name == "rotation":
+    for i in _passes(task, n):
+        if name == "rotation":
             rotation = torch.nn.init.orthogonal_(D.new_empty(D.shape[1], D.shape[1]), generator=generator)
             yield B.matrix(task.readers[i]), D @ rotation
         elif name == "untrained":

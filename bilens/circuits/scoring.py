@@ -1,6 +1,8 @@
 """All motifs of the outputs of a layer, scored from its weights a chunk at a time; notation as in `motifs`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -8,12 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.extremes import two_strongest
+from bilens.tensor.frames import Frame
+from bilens.tensor.matrices import Matrices, frobenius, output_gram
 
 from .motifs import GROUPED
-from .spectral import two_strongest
 
 MOTIFS = ("outlier", *GROUPED, "copy")
-_BLOCKS = 8  # of rows, in the products for the strongest coefficients
 NUMBERS = 1 << 24  # held at once by the matrices of a chunk of outputs
 
 
@@ -24,6 +27,24 @@ class Strongest(NamedTuple):
     T: Float[Tensor, "out m m"]
     unit: Float[Tensor, " out"]
     own: Float[Tensor, "out n"]  # self terms of all features
+
+
+class Shared:
+    """What all outputs of a layer share: its matrices come from half the cube, in the residual and the writers' basis.
+
+    `‖D M_u Dᵀ‖_F²` of a direction u is `uᵀ G u` with the Gram matrix G of the outputs' coefficients.
+    """
+
+    def __init__(self, B: BilinearTensor, D: Float[Tensor, "n d"], n: int):
+        self.D, self.frame = D, Frame.of(D)
+        self.residual, self.inner = Matrices(B, n), Matrices(B.project(inp=self.frame.base), n)
+        self.gram = output_gram(B.project(inp=torch.linalg.qr(D.double(), mode="r").R.to(D)))
+
+    def strongest(self, readers: Float[Tensor, "some out"], m: int) -> tuple[Float[Tensor, "some d d"], Strongest]:
+        """Return the matrices of some directions, and their m strongest features."""
+        M = self.residual.of(readers)
+        largest, own = self.frame.largest(self.inner.of(readers), NUMBERS)
+        return M, _strongest(M, self.D, m, largest, own, frobenius(self.gram, readers).pow(2).to(M))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,51 +65,49 @@ class Scoring:
 
     @property
     def chunk(self) -> int:
-        """How many outputs are dealt with at once."""
+        """How many outputs are drawn and dealt with at once where they share nothing."""
         n, d = self.writers.shape
         return max(1, min(64, NUMBERS // max(n * n, d * d, self.B.hidden * d)))
 
-    def observe(self, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Score every output; keep the strongest coefficients too if they are wanted."""
-        scores, kept = [], []
-        for readers in self.readers.split(self.chunk):
-            one, strongest = self.score(self.B.matrix(readers), self.writers)
-            scores.append(one)
-            kept += [strongest.T] if keep else []
-        return torch.cat(scores), torch.cat(kept) if keep else None
+    @cached_property
+    def shared(self) -> Shared:
+        """What all outputs of the layer share."""
+        return Shared(self.B, self.writers, len(self.readers))
 
-    def score(self, M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"]) -> tuple[Tensor, Strongest]:
-        """Score the motifs in some matrices among features with the writers D; and the strongest features."""
-        found = strongest_features(M, D, min(self.features, len(D)))
+    def observe(
+        self, readers: Float[Tensor, "some out"], motifs: tuple[str, ...]
+    ) -> Iterator[tuple[Float[Tensor, "some motif"], Strongest]]:
+        """Score directions of the layer, a chunk at a time."""
+        n, d = self.writers.shape
+        m = min(self.features, n)
+        for some in readers.split(max(1, min(64, NUMBERS // max(n * d, self.B.hidden * d)))):
+            M, found = self.shared.strongest(some, m)
+            yield self.score(M, self.writers, found, motifs), found
+
+    def score(
+        self, M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], found: Strongest, motifs: tuple[str, ...]
+    ) -> Float[Tensor, "out motif"]:
+        """Score motifs in some matrices among features with the writers D, given the strongest of them."""
         parts = {"outlier": lambda: _outlier(M), "copy": lambda: squares(M, D, found.own).amax(1)}
-        columns = [
-            parts[motif]() if motif in parts else GROUPED[motif](found.T, self.group).score for motif in self.motifs
-        ]
-        return torch.stack(columns, 1), found
-
-    def score_groups(self, T: Float[Tensor, "out m m"]) -> Float[Tensor, "out motif"]:
-        """Score the motifs that T says all of."""
-        return torch.stack([GROUPED[motif](T, self.group).score for motif in self.motifs], 1)
+        columns = {
+            motif: parts[motif]() if motif in parts else GROUPED[motif](found.T, self.group).score
+            for motif in dict.fromkeys(motifs)  # once each
+        }
+        return torch.stack([columns[motif] for motif in motifs], 1)
 
 
 def strongest_features(M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], m: int) -> Strongest:
     """Find the m features with the largest coefficient in each output, and the coefficients among them over their σ."""
-    n, c = len(D), len(M)
-    largest, own = M.new_zeros(c, n), M.new_empty(c, n)
-    step = max(1, min(NUMBERS // (n * c), n // _BLOCKS))
-    for start in range(0, n, step):  # coefficients are symmetric: each block of rows from its diagonal on
-        rows = D[start : start + step]
-        S = ((rows @ M).flatten(0, 1) @ D[start:].T).unflatten(0, (c, len(rows)))
-        diagonal = S.diagonal(0, 1, 2)
-        own[:, start : start + step] = diagonal
-        diagonal.div_(2)  # a self term counts once, a cross term twice
-        S.abs_()
-        across, down = largest[:, start : start + step], largest[:, start:]
-        torch.maximum(across, S.amax(2), out=across)
-        torch.maximum(down, S.amax(1), out=down)
-    features = largest.argsort(dim=1, descending=True, stable=True)[:, :m]  # the two of a pair tie: by index
+    largest, own = Frame.plain(D).largest(M, NUMBERS)
     image = (D.T @ D) @ M
-    cross = ((image * image.mT).sum((1, 2)) - own.pow(2).sum(1)) / (n * (n - 1))
+    return _strongest(M, D, m, largest, own, (image * image.mT).sum((1, 2)))
+
+
+def _strongest(M: Tensor, D: Tensor, m: int, largest: Tensor, own: Tensor, energy: Tensor) -> Strongest:
+    """Choose features by their largest coefficient; `energy` is `‖D M Dᵀ‖_F²`."""
+    n = len(D)
+    features = largest.argsort(dim=1, descending=True, stable=True)[:, :m]  # the two of a pair tie: by index
+    cross = (energy - own.pow(2).sum(1)) / (n * (n - 1))
     unit = 2 * cross.clamp(min=0).sqrt().clamp(min=torch.finfo(D.dtype).tiny)
     few = D[features]
     T = 2 * (few @ M @ few.mT) / unit[:, None, None]
@@ -98,8 +117,13 @@ def strongest_features(M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], m: 
 
 def _outlier(M: Float[Tensor, "out d d"]) -> Float[Tensor, " out"]:
     """Return `|λ₂|` over the bulk edge of the other eigenvalues, as in `circuits.outliers`."""
-    values, bulk = two_strongest(M)
-    return values[:, 1].abs() / bulk
+    values, others = two_strongest(M)
+    return values[:, 1].abs() / edge(others)
+
+
+def edge(others: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+    """Return the edge of a random symmetric matrix's spectrum (Wigner), given the mean square of its eigenvalues."""
+    return (2 * others.sqrt()).clamp(min=torch.finfo(others.dtype).tiny)
 
 
 def squares(M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], own: Float[Tensor, "out n"]) -> Tensor:

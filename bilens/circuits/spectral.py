@@ -10,12 +10,16 @@ from torch import Tensor
 
 from bilens.models.windows import Texts, Windows
 from bilens.tensor.bilinear import homogeneous
+from bilens.tensor.extremes import two_strongest
 from bilens.tensor.interactions import Interactions, top_interactions
+from bilens.tensor.matrices import Matrices
 from bilens.tensor.outputs import top_outputs
+from bilens.tensor.precision import screen_dtype
 from bilens.tensor.statistics import pearson
 
 from .layer import FeatureLayer
 from .records import plain
+from .scoring import edge
 
 _MATRICES = 128  # decomposed at a time
 
@@ -56,8 +60,8 @@ def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength", 
     `strength` is `|λ₁| + |λ₂|` (2410.08417, tutorial and section 5.2); `ratio` is `|λ₂|` over the edge
     `2 sqrt(Σ_{i>2} λ_i² / (n-2))` that the other eigenvalues would have as a random symmetric matrix (Wigner), so it
     finds features whose two outliers stand out whatever their scale. What biases add is linear or constant, no
-    interaction, and left out. Cost: one `d_model × d_model` eigenvalue problem per feature; for the k strongest, only
-    of those that `bilens.top_outputs` cannot exclude.
+    interaction, and left out. Cost: the ends of one `d_model × d_model` spectrum per feature; for the k
+    strongest, where low precision is fast, only of those that `bilens.top_outputs` cannot exclude.
 
     Raises:
         ValueError: An unknown order, or `k` out of range or given with `by="ratio"`, which has no bound.
@@ -69,21 +73,14 @@ def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength", 
     B = lens.tensor.without_constant()
     n = len(lens.readers)
     some = torch.arange(n, device=lens.readers.device)
-    if k is not None:
+    if k is not None and screen_dtype(B.down.device) != torch.float32:  # else the bounds cost more than what they save
         some = top_outputs(B, lens.readers, min(k, n), "top2").out
-    parts = [two_strongest(B.matrix(readers)) for readers in lens.readers[some].split(_MATRICES)]
-    values, bulk = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = Outliers(some, values, bulk)
-    order = getattr(found, by).argsort(descending=True, stable=True)
-    return Outliers(some[order], values[order], bulk[order])
-
-
-def two_strongest(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:
-    """Return the two eigenvalues of largest magnitude, and the edge of the others' spectrum, as in `outliers`."""
-    values = torch.linalg.eigvalsh(M)
-    values = values.gather(1, values.abs().argsort(dim=1, descending=True, stable=True))
-    edge = 2 * values[:, 2:].pow(2).mean(1).sqrt()
-    return values[:, :2], edge.clamp(min=torch.finfo(M.dtype).tiny)
+    matrices = Matrices(B, len(some))
+    parts = [two_strongest(matrices.of(readers)) for readers in lens.readers[some].split(_MATRICES)]
+    values, others = (torch.cat(part) for part in zip(*parts, strict=True))
+    found = Outliers(some, values, edge(others))
+    order = getattr(found, by).argsort(descending=True, stable=True)[:k]
+    return Outliers(some[order], values[order], found.bulk[order])
 
 
 def pairs(lens: FeatureLayer, feature: int, k: int = 10) -> Interactions:

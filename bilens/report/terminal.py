@@ -86,20 +86,24 @@ def print_negation(console: Console, found: Negation, n: int = 5) -> None:
             console.print(f"  without as many random products at least {least:.0%} flip ({len(controls)} edits)")
 
 
-def print_couplings(console: Console, couplings: NegationCouplings | None, test: CouplingTest | None) -> None:
-    """Print whether negators flip sentiment: by the weights of every layer, and by the running model in this one."""
+def print_couplings(console: Console, couplings: NegationCouplings | None) -> None:
+    """Print whether negators flip sentiment by the weights of every layer."""
     if couplings is None:
         return
     console.print("[b]sentiment negation[/b]: negators × sentiment → good less bad words; a negative z flips")
     for one, q in zip(couplings.layers, couplings.q.tolist(), strict=True):
         sizes = f"{len(one.left.features)} × {len(one.right.features)} features"
         console.print(f"  layer {one.layer}: {sizes}, z = {one.z[0]:+.2f}, q = {q:.2g}", markup=False)
+
+
+def print_coupling_test(console: Console, test: CouplingTest | None) -> None:
+    """Print what the running model says of it in one layer."""
     if test is not None:
         ranks = test.percentile
         console.print(
-            f"  without their products in layer {test.coupling.layer}: predicted and measured change correlate "
-            f"{test.correlation:.3f}; KL at percentile {ranks['kl']:.0f}, loss at {ranks['loss']:.0f} of "
-            f"{len(test.scale)} random groups"
+            f"negators × sentiment, without their products in layer {test.coupling.layer}: predicted and measured "
+            f"change correlate {test.correlation:.3f}; KL at percentile {ranks['kl']:.0f}, loss at "
+            f"{ranks['loss']:.0f} of {len(test.scale)} random groups"
         )
 
 

@@ -32,6 +32,12 @@ class Matrices:
             parts.append(down @ torch.addcmul(pairs, right[:, some, None], left[:, None, start:]).flatten(1))
         return torch.cat(parts, 1)
 
+    def of(self, u: Float[Tensor, "n out"]) -> Float[Tensor, "n inp inp"]:
+        """Return the matrices of some directions at once."""
+        if self.blocks is None:
+            return self.B.matrix(u)
+        return self.unfold(u.new_empty(len(u), self.B.inp, self.B.inp), (u @ block for block in self.blocks))
+
     def chunks(self, u: Float[Tensor, "n out"], size: int) -> Iterator[Float[Tensor, "some inp inp"]]:
         """Yield the matrices of the directions in order, about `size` bytes at a time; each valid until the next."""
         B, bytes_each = self.B, self.B.inp**2 * u.element_size()

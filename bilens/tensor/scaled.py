@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .bilinear import BilinearTensor, with_constant
+from .frames import Frame
 
 WIDTHS = 32  # matrix products in bfloat16 want legs that are a multiple of this
+_ENOUGH = 64  # outputs for which a basis made of features pays
 FLOAT32_ROUNDOFF = 2.0**-24
 _NORM = 1 + 1e-6  # a norm in float32 may come out smaller than it is by less than this
 
@@ -19,7 +21,8 @@ class Scaled:
     """The factors of a layer between two bases, each divided by a power of two, which loses nothing.
 
     Input legs are padded with zeros to a multiple of `WIDTHS`. Screening in low precision multiplies the rounded
-    `writers`; `writer_norm` and `writer_error` are what its bound needs to know of them.
+    `writers`; `writer_norm` and `writer_error` are what its bound needs to know of them. They stand in the order of
+    `features`; the last `n_base` of them are unit vectors where the layer is in a basis made of features (`Frame`).
     """
 
     exponent: int  # exact value = 2 ** exponent · scaled value
@@ -28,14 +31,19 @@ class Scaled:
     down: Float[Tensor, "rows hidden"]
     left: Float[Tensor, "hidden width"]
     right: Float[Tensor, "hidden width"]
+    features: Int[Tensor, " n_in"]  # which each writer is of
+    n_base: int
     writers: Float[Tensor, "n_in width"]  # in the screening dtype
     writer_norm: Float[Tensor, " n_in"]  # of each row of the rounded writers
     writer_error: Float[Tensor, " n_in"]  # norm of what the rounding took from each row
-    fine_writers: Float[Tensor, "n_in width"]  # in float32
+    fine_writers: Float[Tensor, "n_in width"]  # in float32, in the order that the features have by themselves
 
     @classmethod
     def of(cls, B: BilinearTensor, out: Tensor | None, inp: Tensor | None, dtype: torch.dtype) -> "Scaled":
         """Prepare a layer to be screened in some dtype."""
+        frame = _frame(B, B.out if out is None else len(out), inp, dtype)
+        if frame.n_base:
+            B = BilinearTensor(B.down.double(), *(f.double() @ frame.base.double().T for f in (B.left, B.right)))
         width = -(-B.inp // WIDTHS) * WIDTHS
         if out is None:
             readers, e_out = None, 0
@@ -44,8 +52,9 @@ class Scaled:
             readers, scale, e_out = _scaled_rows("out", out)
             down, e_down = _scaled("B.down", B.down)
         (left, e_left), (right, e_right) = _scaled("B.left", B.left), _scaled("B.right", B.right)
-        eye = torch.eye(B.inp, dtype=down.dtype, device=down.device)
-        exact, e_inp = _scaled("inp", eye if inp is None else with_constant(inp, B))
+        eye = torch.eye(frame.n_base, dtype=frame.rest.dtype, device=down.device)
+        exact, e_inp = (torch.cat((frame.rest, eye)), 0) if frame.n_base else _scaled("inp", frame.rest)
+        features = frame.order.roll(-frame.n_base)  # the base last
         rounded = _padded(exact, width).to(dtype)
         norm = torch.linalg.vector_norm(rounded.to(exact.dtype), dim=1) * _NORM
         error = torch.linalg.vector_norm(rounded[:, : B.inp].to(exact.dtype) - exact, dim=1) * _NORM
@@ -56,10 +65,12 @@ class Scaled:
             down=down.float(),
             left=_padded(left, width).float(),
             right=_padded(right, width).float(),
+            features=features,
+            n_base=frame.n_base,
             writers=rounded,
             writer_norm=norm.float(),
             writer_error=error.float(),
-            fine_writers=_padded(exact, width).float(),
+            fine_writers=_padded(exact, width).float()[features.argsort()],
         )
 
     @property
@@ -100,8 +111,17 @@ class Scaled:
     @property
     def bytes(self) -> int:
         """Size of the scaled copies."""
-        kept = (getattr(self, part.name) for part in fields(self) if part.name not in ("exponent", "scale"))
+        kept = (getattr(self, part.name) for part in fields(self) if part.name not in ("exponent", "scale", "n_base"))
         return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+
+def _frame(B: BilinearTensor, n_out: int, inp: Tensor | None, dtype: torch.dtype) -> Frame:
+    """Return the basis to screen in: that of the writers pays in float32 and for enough outputs.
+
+    Its weights are a few times as long as the writers, which the bounds of lower precision feel.
+    """
+    D = with_constant(inp, B) if inp is not None else torch.eye(B.inp, dtype=B.down.dtype, device=B.down.device)
+    return Frame.of(D.double()) if dtype == torch.float32 and n_out >= _ENOUGH and len(D) else Frame.plain(D)
 
 
 def _scaled(name: str, tensor: Tensor) -> tuple[Tensor, int]:

@@ -86,14 +86,19 @@ class Block:
         low = space.take("low_lost", *M.shape).copy_(M)
         across = space.take("low", d, self.n, d).copy_(low.transpose(0, 1))
         # what the writers' rounding took meets M itself: by its spectral norm, a tenth of the Frobenius norm
-        M_largest = spectral_bound(low) if self.layer.writer_error.any() else torch.zeros_like(M_norm)
+        M_largest = torch.zeros_like(M_norm)
+        if self.layer.writer_error.any():
+            M_largest = M_norm if self.layer.dtype == torch.float32 else spectral_bound(low)  # there it hardly matters
         # for candidates computed again in float32: the error of M, and that of two sums of d terms
         self.M, self.M_slack = M, M_error + 8 * d**0.5 * FLOAT32_ROUNDOFF * M_norm
         if self.layer.dtype != torch.float32:  # M - M̃ is known, so that its spectral norm can be measured
             lost = space.take("lost", *M.shape).copy_(low)
             M_error = M_error + spectral_bound(low.copy_(torch.sub(M, lost, out=lost)))
         self.A = space.take("A", n_in, self.n, d)
-        torch.mm(self.layer.writers, across.view(d, -1), out=self.A.view(n_in, -1))
+        self.n_base = self.layer.n_base  # of them the product is M itself
+        others = n_in - self.n_base
+        torch.mm(self.layer.writers[:others], across.view(d, -1), out=self.A[:others].flatten(1))
+        self.A[others:] = across[: self.n_base]
         self.slack = self.row_bounds(M_norm, M_largest, M_error)
 
     def row_bounds(self, M_norm: Tensor, M_largest: Tensor, M_error: Tensor) -> Float[Tensor, "n_in n"]:
@@ -134,7 +139,7 @@ class Block:
             stop = min(start + plan.inputs, n_in)
             origin = start // plan.align * plan.align  # of the columns: few shapes, since each has a kernel of its own
             S = self.space.take("S", (stop - start) * self.n, n_in - origin)
-            torch.mm(self.A[start:stop].flatten(0, 1), layer.writers[origin:].T, out=S)
+            self._multiply(self.A[start:stop].flatten(0, 1), origin, out=S)
             S.abs_()  # not negative, so that its bits are in the order of the numbers
             corner = torch.ones(stop - start, stop - origin, dtype=layer.dtype, device=S.device).triu(start - origin)
             corner.diagonal(start - origin).fill_(0.0 if exclude_self else 0.5)
@@ -143,6 +148,15 @@ class Block:
             for name in self.pools:
                 self._collect(name, S, highest, start, origin, plan.look)
         return {name: self._prune(name) for name in self.pools}
+
+    def _multiply(self, A: Tensor, origin: int, out: Tensor) -> None:
+        """Multiply rows of A by the writers from `origin` on, of which the unit vectors at the end need no product."""
+        n_in, n_base = self.layer.n_in, self.n_base
+        products = max(0, n_in - n_base - origin)
+        if products:
+            torch.mm(A, self.layer.writers[origin : n_in - n_base].T, out=out[:, :products])
+        if n_base:
+            out[:, products:] = A[:, max(0, origin - (n_in - n_base)) : n_base]
 
     def _collect(self, name: str, S: Tensor, highest: Tensor, start: int, origin: int, look: int) -> None:
         """Add the coefficients of a tile that may matter to a pool, and raise its floor when it has grown."""
@@ -212,4 +226,5 @@ class Block:
         out, size = out[row], values[row, column].double()
         slack = (u * size + slack[row].double()) * self.scale[out]
         sure = torch.zeros_like(row, dtype=torch.uint8)
-        return Pool(self.first + out, start + inp[row], origin + column, size * self.scale[out], slack, sure)
+        pair = torch.stack((self.layer.features[start + inp[row]], self.layer.features[origin + column]))
+        return Pool(self.first + out, pair.amin(0), pair.amax(0), size * self.scale[out], slack, sure)
