@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from bag_of_words import read_columns, ridge
+from corpora import is_held_out
 from jaxtyping import Float, Int
 from make_verdicts import STARS, film_scores, rated_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from train_language import is_held_out
 
 import bilens
 from bilens.models.transformer import BilinearTransformer
