@@ -21,22 +21,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from corpora import Ends, Windows, encode, held_out_rows, is_held_out, open_corpus, read_corpora, stack
 from tokenizers import Tokenizer
 from torch import Tensor
-from train_language import (
-    UNSEEN,
-    Ends,
-    Windows,
-    add_training_arguments,
-    encode,
-    export,
-    held_out_rows,
-    is_held_out,
-    open_corpus,
-    optimise,
-    read_corpora,
-    stack,
-)
+from train_language import UNSEEN, add_training_arguments, export, optimise
 
 import bilens
 from bilens.models import annealing, fits, schedules

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from bag_of_words import read_columns, ridge
+from corpora import is_held_out
 from jaxtyping import Float, Int
 from make_verdicts import STARS, film_scores, rated_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from train_language import is_held_out
 
 import bilens
 from bilens.models.transformer import BilinearTransformer
@@ -120,9 +120,10 @@ def log_odds(model: BilinearTransformer, sentences: list[str], batch: int = 64) 
 
 
 def flips(rows: list[dict], odds: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return by polarity and distance how many minimal pairs change sign, and how many are right on each side.
+    """Return by polarity, distance and kind how many minimal pairs flip, turn, and are right on each side.
 
-    A pair flips if the plain statement's log-odds have the word's sign and the negated one's the other.
+    A pair turns if its two log-odds differ in sign, whichever comes first: what the negator does. It flips if the plain
+    statement's have the word's sign too: what the model knows of the word counts as well.
     """
     sides: dict[str, dict[bool, tuple[dict, float]]] = {}
     for row, value in zip(rows, odds, strict=True):
@@ -139,6 +140,7 @@ def flips(rows: list[dict], odds: np.ndarray) -> dict[str, dict[str, float]]:
         name: {
             "pairs": len(found),
             "flips": float(np.mean([a and b for a, b in found])),
+            "turns": float(np.mean([a == b for a, b in found])),
             "plain": float(np.mean([a for a, _ in found])),
             "negated": float(np.mean([b for _, b in found])),
         }

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from train_language import is_held_out, read_corpus
+from corpora import is_held_out, read_corpus
 
 import bilens
 from bilens import saes

@@ -20,8 +20,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from bag_of_words import read_columns
+from corpora import is_held_out
 from make_verdicts import rated_rows
-from train_language import is_held_out
 
 import bilens
 from bilens import saes

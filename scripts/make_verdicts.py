@@ -4,7 +4,7 @@
         --tokenizer bilens/assets/bilens-mini/tokenizer.json --out verdicts.parquet --weak verdicts-weak.parquet
 
 A row's `text` is its `sentence` and ` verdict : great|good|okay|bad|terrible`. Rated sentences are held out by the hash
-of how they begin, so copies stay together; reviews by `train_language.is_held_out`, like the texts themselves. The
+of how they begin, so copies stay together; reviews by `corpora.is_held_out`, like the texts themselves. The
 teacher, a bag of words, has seen no held-out text; of its sentences those are kept on which it and the review agree.
 """
 
@@ -30,10 +30,10 @@ from bag_of_words import (
     vectorizer,
     verdict_of,
 )
+from corpora import is_held_out
 from scipy.sparse import csr_matrix, hstack
 from sklearn.linear_model import Ridge
 from tokenizers import Tokenizer
-from train_language import is_held_out
 
 STARS = {1: -3.0, 2: -2.0, 3: -1.5, 4: -1.0, 7: 1.0, 8: 1.5, 9: 2.0, 10: 3.0}  # a review's mark as a rating
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from corpora import Ends, encode, held_out_rows, is_held_out, read_corpus
 from torch import Tensor
-from train_language import Ends, encode, held_out_rows, is_held_out, read_corpus
 
 import bilens
 from bilens.tensor.statistics import pearson

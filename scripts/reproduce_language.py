@@ -27,9 +27,10 @@ import train_language
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from anneal import leave, walker
+from corpora import Ends, Windows, encode, held_out_rows, read_corpora
 from scipy.stats import t as student
 from tokenizers import Tokenizer
-from train_language import Ends, Windows, encode, held_out_rows, make_optimizers, new_model, optimise, training_step
+from train_language import make_optimizers, new_model, optimise, training_step
 
 import bilens
 from bilens.models import annealing
@@ -93,7 +94,7 @@ class Bench:
         self.file = args.out / "results.json"
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.tokenizer = Tokenizer.from_file(str(args.tokenizer))
-        corpora = train_language.read_corpora(args.data, self.training.holdout)
+        corpora = read_corpora(args.data, self.training.holdout)
         self.digests = {name: corpus.digest for name, corpus in corpora.items()}
         self.documents = encode(self.tokenizer, [text for some in corpora.values() for text in some.kept], Ends())
         some = [text for corpus in corpora.values() for text in corpus.held_out[: args.eval_texts]]

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("saes", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--note", default="", help="a sentence to add on how it was trained")
+    parser.add_argument("--saes-made", default="made by `scripts/fit_saes.py`", help="how the SAEs were made")
     parser.add_argument("--verdicts", type=Path, help="what evaluate_verdicts.py --out wrote")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ def main() -> None:
         _what(bilens.load(args.out).cfg),
         _training(training, args.note),
         *([_verdicts(training["readout"], json.loads(args.verdicts.read_text()))] if args.verdicts else []),
-        _saes(evaluation),
+        _saes(evaluation, args.saes_made),
         _samples(bilens.load(args.out)),
         _hashes(args.out),
     ]
@@ -110,9 +111,9 @@ def _verdicts(readout: dict, found: dict) -> str:
         for name, row in found["sentences"].items()
     )
     columns = next(iter(found["sentences"].values()))
+    rates = ("turns", "flips", "plain", "negated")
     flips = "\n".join(
-        f"| {name} | {row['pairs']} | {100 * row['flips']:.1f} % | {100 * row['plain']:.1f} % "
-        f"| {100 * row['negated']:.1f} % |"
+        f"| {name} | {row['pairs']} | " + " | ".join(f"{100 * row[rate]:.1f} %" for rate in rates) + " |"
         for name, row in found.get("flips", {}).items()
     )
     said = "\n".join(f"| {sentence} | {value:+.2f} |" for sentence, value in found["behaviour"].items())
@@ -121,14 +122,15 @@ def _verdicts(readout: dict, found: dict) -> str:
 After a statement and `{prompt}` the next token is one of {words}: a mean rating (-4 to 4) of at least {great} is great,
 of at least {good} good, the same below zero terrible and bad, and what lies between okay. The log-odds of great and
 good against bad and terrible measure sentiment. On held-out sentences of film reviews rated above .7 or below -.7, and
-on minimal pairs with words and frames never trained on (a flip: both statements of a pair on their right side):
+on minimal pairs with words and frames that no opinion in training has (a pair turns if its two log-odds differ in sign,
+and flips if both have the right sign, so that the word is judged too):
 
 | judge | {" | ".join(columns)} |
 |---|{"---|" * len(columns)}
 {scores}
 
-| minimal pairs | number | flips | plain right | negated right |
-|---|---|---|---|---|
+| minimal pairs | number | turn | flip | plain right | negated right |
+|---|---|---|---|---|---|
 {flips}
 
 | statement | log-odds |
@@ -136,7 +138,7 @@ on minimal pairs with words and frames never trained on (a flip: both statements
 {said}"""
 
 
-def _saes(evaluation: dict) -> str:
+def _saes(evaluation: dict, made: str) -> str:
     rows = "\n".join(
         f"| {hook} | {e['fvu']:.3f} | {e['l0']:.1f} | {100 * e['dead']:.2f} % | {e['loss']:.3f} "
         f"| {e['loss_spliced']:.3f} | {e['loss_zero']:.3f} | {e['recovered']:.3f} | {e['recovered_mean']:.3f} |"
@@ -151,8 +153,8 @@ def _saes(evaluation: dict) -> str:
     note = f" Fine-tuned on the model's loss after the fit: {', '.join(tuned)}." if tuned else ""
     return f"""## Sparse autoencoders
 
-Top-k SAEs in SAELens' format (`SAE.load_from_disk` reads them), weights stored in bfloat16, made by
-`scripts/fit_saes.py`; the settings are in each `cfg.json`.{note}
+Top-k SAEs in SAELens' format (`SAE.load_from_disk` reads them), weights stored in bfloat16, {made}; the settings are in
+each `cfg.json`.{note}
 `cards.safetensors` holds each feature's card: the windows of held-out text at which it is most active, a histogram of
 its activations, the tokens whose logits it moves, and its AUROC for the reviews' labels; made by
 `scripts/make_cards.py`.

@@ -228,9 +228,11 @@ def test_flips_are_counted_by_polarity_and_distance():
 
     rows = rows_of("a", 1, 1) + rows_of("b", 1, 3) + rows_of("c", -1, 1)
     found = evaluate_verdicts.flips(rows, np.array([1.0, -1.0, 1.0, 0.5, -1.0, 2.0]))
-    assert found["good"] == {"pairs": 2, "flips": 0.5, "plain": 1.0, "negated": 0.5}
+    assert found["good"] == {"pairs": 2, "flips": 0.5, "turns": 0.5, "plain": 1.0, "negated": 0.5}
     assert found["good, distance 3"]["flips"] == 0
     assert found["bad, distance 1"]["flips"] == 1
+    found = evaluate_verdicts.flips(rows[-2:], np.array([1.0, -2.0]))["bad"]
+    assert (found["turns"], found["flips"]) == (1, 0)  # the negator turns what the model takes the word for
 
 
 def test_film_sentences_are_scored_by_sign_and_correlation():

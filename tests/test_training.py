@@ -15,7 +15,7 @@ import bilens
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_language.py"
 sys.path.insert(0, str(SCRIPT.parent))
-train_language = pytest.importorskip("train_language")
+corpora, train_language = pytest.importorskip("corpora"), pytest.importorskip("train_language")
 TINY = "--vocab 80 --layers 1 --d-model 16 --d-hidden 32 --heads 2 --context 16 --batch 8 --micro-batch 4 --tokens 6000"
 EVERY = "--checkpoint-every 5 --eval-every 20 --holdout 0.1 --precision no"
 
@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_bit_identically(corpus, trained, tmp_path):
 
 # -- shares, splits, tokenised corpora --------------------------------------------------------------------------------
 
-ENDS = train_language.Ends()
+ENDS = corpora.Ends()
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,13 @@ def mixture(corpus, verdicts, tmp_path_factory):
 
 
 def test_a_column_split_decides_what_is_held_out(corpus, verdicts):
-    by_column, by_hash = (train_language.split_corpus(str(path), 0.1) for path in (verdicts, corpus))
+    by_column, by_hash = (corpora.split_corpus(str(path), 0.1) for path in (verdicts, corpus))
     assert len(by_column.kept) == 9
     assert all("mouse" in text for text in by_column.held_out)
     assert len(by_column.held_out) == 3
-    assert all(train_language.is_held_out(text, 0.1) for text in by_hash.held_out)
-    assert not any(train_language.is_held_out(text, 0.1) for text in by_hash.kept)
-    texts, digest = train_language.read_corpus(str(corpus))
+    assert all(corpora.is_held_out(text, 0.1) for text in by_hash.held_out)
+    assert not any(corpora.is_held_out(text, 0.1) for text in by_hash.kept)
+    texts, digest = corpora.read_corpus(str(corpus))
     assert (sorted(texts), digest) == (sorted(by_hash.kept + by_hash.held_out), by_hash.digest)
 
 
@@ -125,11 +125,11 @@ def test_a_split_that_means_something_else_or_leaks_is_refused(rows, message, tm
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": text, "split": split}) + "\n" for text, split in rows))
     with pytest.raises(SystemExit, match=message):
-        train_language.split_corpus(str(path), 0.1)
+        corpora.split_corpus(str(path), 0.1)
 
 
 def test_every_window_of_an_epoch_comes_once_and_in_any_order():
-    windows = train_language.Windows([torch.arange(3, 3 + 40 * k) for k in (1, 2, 3)], 9, 0, ENDS)
+    windows = corpora.Windows([torch.arange(3, 3 + 40 * k) for k in (1, 2, 3)], 9, 0, ENDS)
     rows = windows.batch(range(2 * windows.per_epoch))
     first, second = rows.split(windows.per_epoch)
     assert (rows[:, 0] == ENDS.bos).all()
@@ -143,9 +143,9 @@ def test_every_window_of_an_epoch_comes_once_and_in_any_order():
 
 
 def test_a_share_is_exact_in_every_round_and_no_window_comes_twice():
-    big = train_language.Windows([torch.arange(100, 100 + 8 * 900)], 9, 0, ENDS)
-    small = train_language.Windows([torch.arange(50_000, 50_000 + 8 * 50)], 9, 1, ENDS)
-    mixture = train_language.Mixture([big, small], [950, 50], seed=3)
+    big = corpora.Windows([torch.arange(100, 100 + 8 * 900)], 9, 0, ENDS)
+    small = corpora.Windows([torch.arange(50_000, 50_000 + 8 * 50)], 9, 1, ENDS)
+    mixture = corpora.Mixture([big, small], [950, 50], seed=3)
     rows = mixture.batch(range(1000))
     from_small = rows[:, 1] >= 50_000
     assert from_small.sum() == 50
@@ -168,7 +168,7 @@ def test_a_share_is_exact_in_every_round_and_no_window_comes_twice():
 )
 def test_a_share_that_cannot_be_is_refused(shares, message):
     with pytest.raises(SystemExit, match=message):
-        train_language.parse_shares(shares, ["a", "b"])
+        corpora.parse_shares(shares, ["a", "b"])
 
 
 def test_the_token_after_verdict_counts_by_its_weight(trained):
