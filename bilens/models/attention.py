@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
+from .hooks import Point
 from .rotary import Angles, Rope, rotate
 
 # Keys are twice as wide as values in bilinear attention; more positions go out than came in.
@@ -119,12 +119,12 @@ class Attention(nn.Module):
         self.widths = [count * d_head for count in counts]  # of q, k, v in `qkv`; bilinear q, k, q2, k2, v
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=config.bias[0])
         self.o = nn.Linear(n_heads * d_head, d_model, bias=config.bias[1])
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_q, self.hook_k, self.hook_v = Point(), Point(), Point()
+        self.hook_rot_q, self.hook_rot_k = Point(), Point()
         if config.kind == "bilinear":
-            self.hook_q2, self.hook_k2, self.hook_rot_q2, self.hook_rot_k2 = (HookPoint() for _ in range(4))
-        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
-        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+            self.hook_q2, self.hook_k2, self.hook_rot_q2, self.hook_rot_k2 = (Point() for _ in range(4))
+        self.hook_attn_scores, self.hook_pattern = Point(), Point()
+        self.hook_z, self.hook_result = Point(), Point()
 
     def _head_weights(self, part: int) -> Float[Tensor, "head d_model d_head"]:
         weights = self.qkv.weight.split(self.widths)[part]

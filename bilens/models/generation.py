@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformer_lens.hook_points import HookPoint
+from torch import Tensor, nn
 
 from .attention import KeyValue, geometry
 from .hooks import HookedModel
@@ -116,13 +115,14 @@ class _Stepper:
 
 
 def _first_hooked_layer(model: Generation) -> int:
-    """Return the first block with a hook, 0 if the embedding has one, n_layers if none has."""
-    if model.hook_embed.has_hooks():
+    """Return the first block with a hook, 0 if the embedding has one, n_layers if none has; torch's own hooks count."""
+    if _hooked(model.hook_embed) or _hooked(model.embed):
         return 0
-    for layer, block in enumerate(model.blocks):
-        if any(module.has_hooks() for module in block.modules() if isinstance(module, HookPoint)):
-            return layer
-    return model.cfg.n_layers
+    return next((layer for layer, block in enumerate(model.blocks) if _hooked(block)), model.cfg.n_layers)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _sample(logits: Tensor, temperature: int | float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

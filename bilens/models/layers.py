@@ -10,9 +10,9 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from .attention import Attention, KeyValue
+from .hooks import Point
 from .mlp import MLP
 from .rotary import Angles
 
@@ -45,8 +45,8 @@ class RMSNorm(nn.Module):
         self.eps = config.eps
         self.weight = nn.Parameter(torch.ones(d_model)) if config.gain else None
         self.bias = nn.Parameter(torch.zeros(d_model)) if config.shift else None
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
+        self.hook_scale = Point()
+        self.hook_normalized = Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the root mean square, `hook_normalized` the ratio."""
@@ -104,8 +104,8 @@ class Block(nn.Module):
     def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
-        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint(), HookPoint()
-        self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = Point(), Point(), Point()
+        self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = Point(), Point(), Point()
 
     def forward(
         self,

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from .attention import Attention, AttentionConfig, geometry
 from .embedding import Embed, Unembed, UnembedConfig
 from .generation import Generation
+from .hooks import Point
 from .layers import Block, NormConfig, make_norm
 from .mlp import MLP, MLPConfig
 from .text import Text
@@ -71,7 +71,7 @@ class BilinearTransformer(Generation):
         self.ignored_keys: tuple[str, ...] = ()  # keys of `source` without meaning here
         self.has_bos = True
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
-        self.hook_embed = HookPoint()
+        self.hook_embed = Point()
         self.blocks = nn.ModuleList(
             Block(
                 make_norm(cfg.norm, cfg.d_model),
