@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .attention import KeyValue, geometry
 from .hooks import HookedModel
-from .text import Text, TextInterface
+from .text import Ids, Text, TextInterface, is_text
 
 
 class Generation(TextInterface, HookedModel):
@@ -17,7 +17,7 @@ class Generation(TextInterface, HookedModel):
     @torch.no_grad()
     def generate(
         self,
-        input: Text | Int[Tensor, "batch seq"] | Int[Tensor, " seq"] = "",
+        input: Text | Ids = "",
         max_new_tokens: int = 40,
         *,
         temperature: int | float = 1.0,
@@ -81,7 +81,7 @@ class Generation(TextInterface, HookedModel):
                 mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
                 if done.all():
                     break
-        if isinstance(input, Tensor):
+        if not is_text(input):
             return tokens
         texts = self.to_string(tokens, skip_special_tokens=True)
         return texts[0] if isinstance(input, str) else texts

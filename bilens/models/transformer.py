@@ -16,7 +16,7 @@ from .generation import Generation
 from .hooks import Point
 from .layers import Block, NormConfig, make_norm
 from .mlp import MLP, MLPConfig
-from .text import Text
+from .text import Ids, Text, token_ids
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class BilinearTransformer(Generation):
 
     def forward(
         self,
-        input: Text | Int[Tensor, "batch seq"] | Int[Tensor, " seq"] | Float[Tensor, "batch seq d_model"],
+        input: Text | Ids | Float[Tensor, "batch seq d_model"],
         return_type: Literal["logits", "loss", "both"] | None = "logits",
         *,
         attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch seq"] | None = None,
+        tokens: Ids | None = None,
         loss_per_token: bool = False,
         prepend_bos: bool = True,
     ) -> Any:
@@ -140,7 +140,7 @@ class BilinearTransformer(Generation):
             return logits
         if tokens is None:
             raise ValueError("a loss needs token ids: with start_at_layer, give them as tokens=")
-        loss = _loss(logits, tokens.to(logits.device), mask, loss_per_token)
+        loss = _loss(logits, token_ids(tokens, "tokens").to(logits.device), mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
