@@ -6,8 +6,11 @@ from . import saes as saes
 from . import tensor as tensor
 from .circuits.attribution import attribute as attribute
 from .models.attention import AttentionConfig as AttentionConfig
+from .models.attention import QKNormConfig as QKNormConfig
+from .models.blocks import StreamConfig as StreamConfig
 from .models.checkpoints import load as load
 from .models.checkpoints import save as save
+from .models.embedding import EmbedConfig as EmbedConfig
 from .models.embedding import UnembedConfig as UnembedConfig
 from .models.layers import NormConfig as NormConfig
 from .models.mlp import MLPConfig as MLPConfig

@@ -374,8 +374,8 @@ def load_bilinear(name: str) -> "BilinearTransformer":
     import bilens
 
     model = bilens.load(name)
-    if (kind := model.cfg.mlp.kind) != "bilinear":
-        raise ValueError(f"model must have bilinear MLPs, those of {name} are {kind}")
+    if (mlp := model.cfg.mlp) is None or not mlp.quadratic:
+        raise ValueError(f"model must have bilinear MLPs, those of {name} are {mlp.kind if mlp else 'missing'}")
     return model
 
 

@@ -306,7 +306,7 @@ def steer(
         after[last] += change.to(after)
         if one.layer + 1 < model.cfg.n_layers:
             span = {"start_at_layer": one.layer + 1, "stop_at_layer": model.cfg.n_layers}
-            after = model(after, attention_mask=mask, **span)
+            after = model(after, attention_mask=mask, tokens=asked.windows.tokens, **span)
         return verdict.log_odds(model, model.unembed(model.ln_final(after[last])), readout).mean().item()
 
     before, moved = odds(torch.zeros_like(along)), odds(along)

@@ -28,7 +28,7 @@ def bigram_scores(
 
     `score(in -> out) = Σ_h (U_out·down_h)(left_h·e_in)(right_h·e_in) + U_out·e_in` (2406.03947, language part). A model
     with norms has them here too, each measured on what it then sees: the scores are the model's logits with attention
-    and the other layers switched off.
+    and the other layers switched off. So it is with what blocks do to the stream before they read it, and with a cap.
 
     Cost: `tokens · (hidden · d_model + d_model · vocab)`.
 
@@ -42,8 +42,11 @@ def bigram_scores(
         TypeError: The layer is not bilinear.
     """
     check_layer(model, layer)
-    block, embedded = model.blocks[layer], model.embed(checked_tokens(model, tokens).to(model.W_E.device))
-    return model.unembed(model.ln_final(embedded + block.mlp.tensor().apply(block.ln2(embedded))))
+    start = x = model.embedded(checked_tokens(model, tokens).to(model.W_E.device))
+    for i, block in enumerate(model.blocks):
+        x = block.entering(x, start)
+        x = x + block.mlp.tensor().apply(block.ln2(x)) if i == layer else x
+    return model.unembed(model.ln_final(x))
 
 
 def bigrams(model: BilinearTransformer, token: str | int, k: int = 10, layer: int = 0) -> list[Bigram]:

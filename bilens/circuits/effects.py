@@ -63,11 +63,12 @@ class Baseline:
         model, n = lens.model, lens.model.cfg.n_layers
         some, where = windows[chosen], where[chosen, :stop]
         windows = Windows(some.tokens[:, :stop], some.attend[:, :stop], some.counts[:, :stop], some.text)
-        hooks = [f"blocks.{lens.layer}.{name}" for name in ("hook_resid_pre", "hook_mlp_in", "hook_mlp_out")]
-        hooks.append(f"blocks.{lens.layer}.hook_resid_post")
-        options = {"names_filter": hooks, "stop_at_layer": n, "return_cache_object": False}
-        resid, found = model.run_with_cache(windows.tokens, attention_mask=windows.attend, **options)
-        before, x, y, after = (found[hook] for hook in hooks)
+        hooks = [f"blocks.{lens.layer}.{name}" for name in ("hook_mlp_in", "hook_mlp_out", "hook_resid_post")]
+        before = model(windows.tokens, attention_mask=windows.attend, stop_at_layer=lens.layer)
+        span = {"tokens": windows.tokens, "start_at_layer": lens.layer, "stop_at_layer": n}
+        options = {"names_filter": hooks, "attention_mask": windows.attend, "return_cache_object": False}
+        resid, found = model.run_with_cache(before, **options, **span)
+        x, y, after = (found[hook] for hook in hooks)
         following = torch.full_like(windows.tokens, -100)
         following[:, :-1] = windows.tokens[:, 1:].masked_fill(~windows.attend[:, 1:], -100)
         logits = model.unembed(model.ln_final(resid[where]))
@@ -85,7 +86,7 @@ class Baseline:
         model, resid = self.lens.model, self.resid_post.clone()
         resid[self.where] += change.to(resid)
         span = {"start_at_layer": self.lens.layer + 1, "stop_at_layer": model.cfg.n_layers}
-        return self.finish(model(resid, attention_mask=self.windows.attend, **span))
+        return self.finish(model(resid, attention_mask=self.windows.attend, tokens=self.windows.tokens, **span))
 
     def effects(self, changes: Iterable[Float[Tensor, "position d_model"]]) -> Effects:
         """Add changes to the layer's output at those positions, one after the other, and measure."""
@@ -113,6 +114,7 @@ class Baseline:
         resid, found = self.lens.model.run_with_cache(
             self.resid,
             attention_mask=self.windows.attend,
+            tokens=self.windows.tokens,
             start_at_layer=self.lens.layer,
             stop_at_layer=self.lens.model.cfg.n_layers,
             names_filter=self.lens.hook_out,

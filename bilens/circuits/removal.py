@@ -111,6 +111,8 @@ def remove_pair(lens: FeatureLayer, circuit: Circuit) -> BilinearTransformer:
         TypeError: The layer is not bilinear.
     """
     circuit.check(lens)
+    if lens.model.cfg.mlp.kind != "bilinear":
+        raise TypeError(f"only a bilinear MLP has hidden units of two factors; these are {lens.model.cfg.mlp.kind}")
     reader, d = lens.readers[circuit.feature].double(), lens.writers[[circuit.left, circuit.right]].double()
     model = copy.deepcopy(lens.model)
     model.reset_hooks(including_permanent=True)

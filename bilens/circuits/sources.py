@@ -56,7 +56,8 @@ def sources(
     """Split the residual stream before an MLP into embedding, attention heads and earlier MLPs.
 
     `resid_mid_L = embed + Σ_{l≤L} Σ_h z_lh W_O,lh + Σ_{l<L} mlp_out_l`; an MLP's output bias belongs to it. Where
-    attention has output biases, their sum over l is one more source, `"attention biases"`. Works for every kind of MLP.
+    attention has output biases, their sum over l is one more source, `"attention biases"`. Where blocks scale the
+    stream and mix in its start, each source is what is left of it after that. Works for every kind of MLP.
     Cost: one run of the model, and `sources · d_model` numbers per position.
 
     Args:
@@ -79,13 +80,20 @@ def split_residual(
     heads = [f"blocks.{i}.attn.hook_z" for i in range(layer + 1)]
     mlps = [f"blocks.{i}.hook_mlp_out" for i in range(layer)]
     mid = f"blocks.{layer}.hook_resid_mid"
-    found = places.observe(model, ["hook_embed", *heads, *mlps, mid, *hooks])
-    names, values = ["embedding"], [found["hook_embed"][:, None]]
+    begun = model.cfg.start_hook
+    found = places.observe(model, [begun, *heads, *mlps, mid, *hooks])
+    start = found[begun][:, None]
+    names, values = ["embedding"], [start]
     if model.cfg.attention.bias[1]:
-        bias = sum(block.attn.b_O.detach().double() for block in model.blocks[: layer + 1])
         names.append("attention biases")
-        values.append(bias.expand_as(values[0]))
+        values.append(torch.zeros_like(start))
     for i, block in enumerate(model.blocks[: layer + 1]):
+        if block.lambdas is not None:
+            kept, again = block.lambdas.detach().double()
+            values = [kept * value for value in values]
+            values[0] = values[0] + again * start
+        if model.cfg.attention.bias[1]:
+            values[1] = values[1] + block.attn.b_O.detach().double()
         W_O = block.attn.W_O.detach().double()
         written = einsum(found[heads[i]], W_O, "position head d_head, head d_head d_model -> position head d_model")
         values.append(written)

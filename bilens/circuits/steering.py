@@ -81,7 +81,7 @@ def steering(
 
     def log_odds(change: Tensor) -> float:
         with push(model, hook, change, windows.counts):
-            span = {"start_at_layer": lens.layer, "stop_at_layer": model.cfg.n_layers}
+            span = {"tokens": windows.tokens, "start_at_layer": lens.layer, "stop_at_layer": model.cfg.n_layers}
             after = model(resid, attention_mask=windows.attend, **span)
         logits = model.unembed(model.ln_final(after[last]))
         positive, negative = (logits[:, some].logsumexp(1) for some in ids)

@@ -110,7 +110,8 @@ def virtual_tokens(
             f"model must have no attention biases, which belong to no token, got {model.cfg.attention.bias}"
         )
     tokens = torch.arange(model.cfg.d_vocab) if tokens is None else checked_tokens(model, tokens)
-    block, E = model.blocks[0], model.W_E.detach()[tokens.to(model.W_E.device)]
+    block, E = model.blocks[0], model.embedded(tokens.to(model.W_E.device)).detach()
+    E = block.entering(E, E).detach()
     W_OV = block.attn.W_V.detach() @ block.attn.W_O.detach()
     (gain_1, shift_1), (gain_2, shift_2) = block.ln1.affine(E), block.ln2.affine(E)
     writers = torch.cat((E[None], (E * gain_1) @ W_OV)).flatten(0, 1)

@@ -1,6 +1,10 @@
 from . import annealing as annealing
+from . import archives as archives
 from . import attention as attention
+from . import attention_only as attention_only
+from . import blocks as blocks
 from . import checkpoints as checkpoints
+from . import elriggs as elriggs
 from . import embedding as embedding
 from . import files as files
 from . import fits as fits

@@ -1,7 +1,7 @@
 """Causal attention with rotary positions: its shape, and the module with transformer_lens' hook points."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .hooks import Point
+from .layers import NormConfig, make_norm
 from .rotary import Angles, Rope, rotate
 
 # Keys are twice as wide as values in bilinear attention; more positions go out than came in.
 KeyValue = tuple[Float[Tensor, "batch _past head _width"], Float[Tensor, "batch _past head d_head"]]
-KINDS = ("softmax", "bilinear")
+KINDS = ("softmax", "bilinear", "squared", "differential")
+ROW_EPS = 1e-8  # added to the sums that rows of squared scores are divided by: that of the published models
+PAIRED = ("bilinear", "differential")  # with second queries and keys
+
+
+@dataclass(frozen=True)
+class QKNormConfig:
+    """How queries and keys are normalised, before they are rotated."""
+
+    over: Literal["head", "full"] = "head"  # each head by itself; or all heads as one vector (OLMo2)
+    norm: NormConfig = field(default_factory=NormConfig)
+
+    def __post_init__(self):
+        if self.over not in ("head", "full"):
+            raise ValueError(f"over must be 'head' or 'full' for a norm of queries and keys, got {self.over!r}")
 
 
 @dataclass(frozen=True)
@@ -24,12 +39,19 @@ class AttentionConfig:
 
     n_heads: int
     d_head: int
-    kind: Literal["softmax", "bilinear"] = "softmax"
+    kind: Literal["softmax", "bilinear", "squared", "differential"] = "softmax"
     scale: float = 1.0  # factor on the output: 1/sqrt(2 n_layers) in the published models
     n_key_value_heads: int | None = None  # keys and values that groups of heads share; None: n_heads
-    bias: tuple[bool, bool] = (False, False)  # on queries, keys and values; on the output
+    bias: tuple[bool | Literal["qk"], bool] = (
+        False,
+        False,
+    )  # on queries, keys and values ("qk": not on values); output
     window: int | None = None  # how many positions each attends to, itself included; None: all before it
     rope: Rope = field(default_factory=Rope)
+    score_scale: float | None = None  # factor on the scores, of each branch; None: 1/sqrt(d_head)
+    qk_norm: QKNormConfig | None = None  # of queries and keys before rotation; None: there is none
+    normalize: bool = False  # whether the rows of a squared pattern are divided by their sums
+    value_residual: bool = False  # whether values are mixed with the first block's: (1 - λ) v + λ v₀
 
     def __post_init__(self):
         if self.n_key_value_heads is None:
@@ -41,17 +63,26 @@ class AttentionConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 or None, got {self.window}")
+        if self.score_scale is not None and not self.score_scale > 0:
+            raise ValueError(f"score_scale must be positive or None, got {self.score_scale}")
         if self.d_head < 2 or self.d_head % 2:
             raise ValueError(f"d_head must be even (rotary embedding rotates pairs), got {self.d_head}")
         if self.n_heads % self.n_key_value_heads:
             raise ValueError(
                 f"n_key_value_heads must divide n_heads={self.n_heads}, got n_key_value_heads={self.n_key_value_heads}"
             )
-        if self.kind == "bilinear" and self.n_key_value_heads != self.n_heads:
+        if self.normalize and self.kind != "squared":
+            raise ValueError(f"normalize must be False for {self.kind} attention: it is for the rows of squared scores")
+        if self.kind in PAIRED and self.n_key_value_heads != self.n_heads:
             raise ValueError(
-                f"n_key_value_heads must be None or n_heads={self.n_heads} for bilinear attention, got "
+                f"n_key_value_heads must be None or n_heads={self.n_heads} for {self.kind} attention, got "
                 f"n_key_value_heads={self.n_key_value_heads}"
             )
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied by, those of each branch."""
+        return 1 / math.sqrt(self.d_head) if self.score_scale is None else self.score_scale
 
     @classmethod
     def of_width(cls, d_model: int, n_heads: int, **fields: Any) -> "AttentionConfig":
@@ -66,9 +97,19 @@ class AttentionConfig:
         return cls(n_heads, d_model // n_heads, **fields)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What all blocks of one run are told beside the residual stream."""
+
+    rotary: Angles
+    attend: Bool[Tensor, "batch new keys"] | None  # the keys of each query; None: itself and all before it
+    start: Float[Tensor, "batch new d_model"] | None = None  # the start of the stream, where blocks read it again
+    values: Float[Tensor, "batch new head d_head"] | None = None  # the first block's, where later ones mix them in
+
+
 def geometry(
     config: AttentionConfig, mask: Bool[Tensor, "batch keys"] | None, keys: int, new: int, like: Tensor
-) -> tuple[Angles, Bool[Tensor, "batch new keys"] | None]:
+) -> Frame:
     """Return the rotary angles of the last `new` of `keys` positions, and which positions they attend to.
 
     Args:
@@ -77,9 +118,6 @@ def geometry(
         keys: How many positions there are.
         new: How many of them attend.
         like: The residual stream, `[batch, ...]`, whose dtype and device these have.
-
-    Returns:
-        Angles, and the mask of keys for each query; `None` if each attends to itself and all before it.
     """
     batch, index = len(like), torch.arange(keys, device=like.device)
     positions, attend = index.expand(batch, keys), None
@@ -91,15 +129,16 @@ def geometry(
         attend = ((back >= 0) & (back < config.window) if cut else back >= 0).expand(batch, new, keys)
         if mask is not None:  # padding sees itself, so that no row of the softmax is empty
             attend = attend & (mask[:, None, :] | (index[None, :] == index[keys - new :, None]))
-    return config.rope.angles(positions[:, keys - new :], config.d_head, like.dtype), attend
+    return Frame(config.rope.angles(positions[:, keys - new :], config.d_head, like.dtype), attend)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions; softmax, or bilinear (two score matrices multiplied).
+    """Causal multi-head attention with rotary positions: a pattern from scores `s = factor q·k`, times the values.
 
-    The softmax form is `softmax(q·k / sqrt(d_head)) v`; the bilinear form has no softmax: its pattern is
-    `(q·k)(q2·k2) / d_head`, masked with zeros. The module's output carries the published attention scale, so it is
-    exactly what is added to the residual stream.
+    The pattern, `hook_pattern`, is `softmax(s)`; or without a softmax, masked with zeros, `s s2` (`"bilinear"`) or `s²`
+    (`"squared"`, its rows perhaps divided by their sums); or `softmax(s) - λ softmax(s2)` (`"differential"`). The
+    factor is 1/sqrt(d_head) unless the config has another. The module's output carries the published attention scale,
+    so it is exactly what is added to the residual stream.
 
     With fewer key-value heads than heads (grouped queries, arXiv 2305.13245), neighbouring heads share one. As in
     transformer_lens, `hook_k`, `hook_rot_k` and `hook_v` then see one row per key-value head, while `W_K` and `W_V`
@@ -115,16 +154,42 @@ class Attention(nn.Module):
         self.config = config
         n_heads, shared, d_head = config.n_heads, config.n_key_value_heads, config.d_head
         self.group = n_heads // shared  # heads that share a key-value head
-        counts = (n_heads, shared, shared) if config.kind == "softmax" else (n_heads,) * 5
-        self.widths = [count * d_head for count in counts]  # of q, k, v in `qkv`; bilinear q, k, q2, k2, v
-        self.qkv = nn.Linear(d_model, sum(self.widths), bias=config.bias[0])
+        counts = (n_heads,) * 5 if config.kind in PAIRED else (n_heads, shared, shared)
+        self.widths = [count * d_head for count in counts]  # of q, k, v in `qkv`; of a pair q, k, q2, k2, v
+        self.qkv = nn.Linear(d_model, sum(self.widths), bias=config.bias[0] is True)
+        self.qk_bias = nn.Parameter(torch.zeros(sum(self.widths[:-1]))) if config.bias[0] == "qk" else None
+        self.lamb = nn.Parameter(torch.zeros(())) if config.value_residual else None
+        self.lamb2 = nn.Parameter(torch.zeros(())) if config.kind == "differential" else None
         self.o = nn.Linear(n_heads * d_head, d_model, bias=config.bias[1])
-        self.hook_q, self.hook_k, self.hook_v = Point(), Point(), Point()
-        self.hook_rot_q, self.hook_rot_k = Point(), Point()
-        if config.kind == "bilinear":
-            self.hook_q2, self.hook_k2, self.hook_rot_q2, self.hook_rot_k2 = (Point() for _ in range(4))
+        sides = ("q", "k", "q2", "k2") if config.kind in PAIRED else ("q", "k")
+        for side, width in zip(sides, self.widths, strict=False):
+            self._add_side(side, width)
+        if config.value_residual:
+            self.hook_v_own = Point()
+        self.hook_v = Point()
         self.hook_attn_scores, self.hook_pattern = Point(), Point()
+        if config.kind == "differential":
+            self.hook_attn_scores2 = Point()
         self.hook_z, self.hook_result = Point(), Point()
+
+    def _add_side(self, side: str, width: int) -> None:
+        """Add the hook points, and the norm if there is one, of queries or keys."""
+        norm = self.config.qk_norm
+        names = [f"hook_{side}", f"hook_rot_{side}"] + ([] if norm is None else [f"hook_{side}_normalized"])
+        for name in names:
+            setattr(self, name, Point())
+        if norm is not None:
+            setattr(self, f"{side}_norm", make_norm(norm.norm, self.config.d_head if norm.over == "head" else width))
+
+    def _placed(self, side: str, heads: Tensor, rotary: Angles) -> Tensor:
+        """Return queries or keys as their scores read them: normalised if they are to be, and rotated."""
+        heads = getattr(self, f"hook_{side}")(heads)
+        if self.config.qk_norm is not None:
+            norm = getattr(self, f"{side}_norm")
+            whole = self.config.qk_norm.over == "full"
+            heads = norm(heads.flatten(2)).view_as(heads) if whole else norm(heads)
+            heads = getattr(self, f"hook_{side}_normalized")(heads)
+        return getattr(self, f"hook_rot_{side}")(rotate(heads, rotary))
 
     def _head_weights(self, part: int) -> Float[Tensor, "head d_model d_head"]:
         weights = self.qkv.weight.split(self.widths)[part]
@@ -132,10 +197,14 @@ class Attention(nn.Module):
         return weights if len(weights) == self.config.n_heads else weights.repeat_interleave(self.group, 0)
 
     def _head_biases(self, part: int) -> Float[Tensor, "head d_head"]:
-        if self.qkv.bias is None:
+        biases = self._biases()
+        if biases is None:
             return self.qkv.weight.new_zeros(self.config.n_heads, self.config.d_head)
-        biases = self.qkv.bias.split(self.widths)[part].unflatten(0, (-1, self.config.d_head))
+        biases = biases.split(self.widths)[part].unflatten(0, (-1, self.config.d_head))
         return biases if len(biases) == self.config.n_heads else biases.repeat_interleave(self.group, 0)
+
+    def _biases(self) -> Float[Tensor, " widths"] | None:
+        return self.qkv.bias if self.qk_bias is None else F.pad(self.qk_bias, (0, self.widths[-1]))
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
@@ -179,56 +248,73 @@ class Attention(nn.Module):
         return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.config.scale * self.o.bias
 
     def forward(
-        self,
-        x: Float[Tensor, "batch seq d_model"],
-        rotary: Angles,
-        mask: Bool[Tensor, "batch seq keys"] | None = None,
-        past: KeyValue | None = None,
-    ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue]:
-        """Attend from each position of `x` to the positions `mask` allows (`None`: itself and those before it).
+        self, x: Float[Tensor, "batch seq d_model"], frame: Frame, past: KeyValue | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue, Frame]:
+        """Attend from each position of `x` to the positions that `frame` allows.
 
-        `past` holds the keys and values of earlier positions, per key-value head. Returns the output and the keys and
-        values of all positions so far. Bilinear attention keeps its second keys beside the first, along the last axis.
+        `past` holds the keys and values of earlier positions, per key-value head. Returns the output, the keys and
+        values of all positions so far, and the frame for the next block. Second keys are kept beside the first, along
+        the last axis; values as they are mixed.
         """
-        heads = [
-            rearrange(part, "batch seq (head d_head) -> batch seq head d_head", d_head=self.config.d_head)
-            for part in self.qkv(x).split(self.widths, dim=-1)
-        ]
-        q = self.hook_rot_q(rotate(self.hook_q(heads[0]), rotary))
-        k = self.hook_rot_k(rotate(self.hook_k(heads[1]), rotary))
-        if self.config.kind == "bilinear":
-            q2 = self.hook_rot_q2(rotate(self.hook_q2(heads[2]), rotary))
-            k2 = self.hook_rot_k2(rotate(self.hook_k2(heads[3]), rotary))
+        read = self.qkv(x) if self.qk_bias is None else F.linear(x, self.qkv.weight, self._biases())
+        heads = [part.unflatten(-1, (-1, self.config.d_head)) for part in read.split(self.widths, dim=-1)]
+        q, k = self._placed("q", heads[0], frame.rotary), self._placed("k", heads[1], frame.rotary)
+        if self.config.kind in PAIRED:
+            q2, k2 = self._placed("q2", heads[2], frame.rotary), self._placed("k2", heads[3], frame.rotary)
             q, k = torch.cat((q, q2), -1), torch.cat((k, k2), -1)
-        v = self.hook_v(heads[-1])
+        v, frame = self._valued(heads[-1], frame)
         if past is not None:
             k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
         past = k, v
         if self.group > 1:
             k, v = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2)
-        z = self.hook_z(self._mix(q, k, v, mask))
-        return self._project(z), past
+        z = self.hook_z(self._mix(q, k, v, frame.attend))
+        return self._project(z), past, frame
+
+    def own_values(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq head d_head"]:
+        """Return the values of what attention reads, before they are mixed with any; no hook sees them."""
+        biases = self._biases()
+        bias = None if biases is None else biases.split(self.widths)[-1]
+        values = F.linear(x, self.qkv.weight.split(self.widths)[-1], bias)
+        return values.unflatten(-1, (-1, self.config.d_head))
+
+    def _valued(self, v: Tensor, frame: Frame) -> tuple[Tensor, Frame]:
+        """Return the values to average, and the frame that holds those of the first block."""
+        if self.lamb is None:
+            return self.hook_v(v), frame
+        v = self.hook_v_own(v)
+        if frame.values is None:
+            frame = replace(frame, values=v)
+        return self.hook_v((1 - self.lamb) * v + self.lamb * frame.values), frame
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Average (or sum) the values by the pattern; fused unless the scores or the pattern are looked at."""
+        """Sum the values by the pattern; fused unless the scores or the pattern are looked at."""
         if self.config.kind == "softmax" and not (self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()):
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             attn_mask = None if mask is None else mask[:, None]
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=mask is None)
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=mask is None, scale=self.config.factor
+            )
             return z.transpose(1, 2)
-        d_head = v.shape[-1]
         if mask is None:
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
-        if self.config.kind == "softmax":
-            scores = _dot(q, k) / math.sqrt(d_head)
-            scores = self.hook_attn_scores(scores.masked_fill(~mask[:, None], -torch.inf))
-            pattern = scores.softmax(-1)
-        else:
-            (q, q2), (k, k2) = q.split(d_head, -1), k.split(d_head, -1)
-            scores = self.hook_attn_scores(_dot(q, k) * _dot(q2, k2) / d_head)
-            pattern = scores.masked_fill(~mask[:, None], 0)
-        pattern = self.hook_pattern(pattern)
+        pattern = self.hook_pattern(self._pattern(q, k, ~mask[:, None]))
         return einsum(pattern, v, "batch head seq keys, batch keys head d_head -> batch seq head d_head")
+
+    def _pattern(self, q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+        """Return what multiplies the values; the scores of a pair lie beside one another in `q` and `k`."""
+        d_head, kind = self.config.d_head, self.config.kind
+        branches = zip(q.split(d_head, -1), k.split(d_head, -1), strict=True)
+        first, *second = (_dot(*branch) * self.config.factor for branch in branches)
+        if kind in ("softmax", "differential"):
+            pattern = self.hook_attn_scores(first.masked_fill(hidden, -torch.inf)).softmax(-1)
+            if kind == "differential":
+                scores = self.hook_attn_scores2(second[0].masked_fill(hidden, -torch.inf))
+                pattern = pattern - self.lamb2 * scores.softmax(-1)
+            return pattern
+        scores = first * (second[0] if second else first)
+        pattern = self.hook_attn_scores(scores).masked_fill(hidden, 0)
+        return pattern / (pattern.sum(-1, keepdim=True) + ROW_EPS) if self.config.normalize else pattern
 
     def _project(self, z: Tensor) -> Tensor:
         """Write the heads to the residual stream; head by head when `hook_result` is looked at."""

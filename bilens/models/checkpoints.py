@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .archives import read_archive
+from .attention_only import AttentionOnly
+from .elriggs import Elriggs
 from .files import atomic_write
 from .layouts import Layout
 from .llama import ARCHITECTURES, Llama
@@ -23,11 +26,9 @@ from .sources import DTYPES, EMBEDDED, CheckpointError, Source, check_finite, re
 from .transformer import BilinearConfig, BilinearTransformer
 
 WEIGHTS = "model.safetensors"
-TOKENIZERS = {
-    "ts-4096": "tdooms/ts-tokenizer-4096",
-    "mistral": "mistral-community/Mixtral-8x22B-v0.1",
-    "gpt2": "openai-community/gpt2",
-}
+INDEX = "model.safetensors.index.json"
+ARCHIVE = "pytorch_model.bin"
+CHECKPOINTS = "checkpoints"  # the folder of those that hold several
 
 
 def load(
@@ -37,21 +38,32 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    checkpoint: str | None = None,
 ) -> BilinearTransformer:
     """Load a bilinear or Llama-family language model from the Hub, a folder, or the embedded `"bilens-mini"`.
 
     Reads safetensors directly (memory-mapped) into a plain `nn.Module` in eval mode; no code from the checkpoint runs,
-    nothing is unpickled, no weight is ever made up.
+    no weight is ever made up. Where the publishers of a format have nothing else (`Elriggs/*`, attention-only models)
+    a torch archive is read, after a check that it holds tensors only; the first time writes a safetensors copy beside
+    the Hub's cache and says so.
 
     Args:
         name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors`, whole or in shards with an index
             (and `tokenizer.json`), or a Hub repository such as `"tdooms/ts-medium"` (the papers' ts-tiny). The config
-            tells the format: any published bilinear one, or transformers' Llama, Mistral and Qwen2.
+            tells the format: any published bilinear one, or transformers' Llama, Mistral and Qwen2. A dataset
+            repository is `"datasets/owner/name"`.
         revision: Branch, tag or commit of the Hub repository.
         device: Where to put the weights; the CPU if `None`.
         dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, fast on CPUs).
         tokenizer: A `tokenizer.json`, a folder or a Hub repository that holds one. If `None`: the checkpoint's own, for
-            a Hub repository else the one that its config names.
+            a Hub repository else the one that its config or its format names.
+        overrides: Config fields set against the checkpoint's, which `save` keeps. `Elriggs/gpt2-*`: `rotary_dtype`
+            (`"bfloat16"`, to which their code rounds cosines and sines, or `"float32"`), `normalize_pattern` (whether
+            rows of one squared score matrix are divided by their sums), `n_ctx`. Attention-only: `residual` (`"add"`,
+            or `"lerp"` for `x + s (o(z) - x)`).
+        checkpoint: Which of several checkpoints, e.g. `"step_00020000.pt"`, in the folder or its `checkpoints`; it may
+            be left out where there is one.
 
     Returns:
         The model. `model.source` is the config as published, `model.ignored_keys` its keys without meaning here.
@@ -63,7 +75,9 @@ def load(
             an unknown rotary scaling, ...) or contradicts the tensors; a missing, misshapen or non-finite tensor; a
             pickle instead of safetensors; a tokenizer with ids beyond the embedding. Says which file and tensor, what
             was expected and what was found.
-        ValueError: An empty name, a `dtype` that is not floating point, a `revision` of what is not a Hub repository.
+        ValueError: An empty name, a `dtype` that is not floating point, a `revision` of what is not a Hub repository,
+            an override that the format has not, a `checkpoint` that is missing where there are several, or given where
+            a format has none.
     """
     if not str(name):
         raise ValueError(f"name must be {EMBEDDED!r}, a folder or a Hub repository, got an empty string")
@@ -73,8 +87,13 @@ def load(
     config_file = source.file("config.json")
     config = read_json(config_file)
     layout = _layout_of(config, config_file)
-    model = _build(layout, config, read_tensors(source, dtype), config_file)
-    model.tokenizer = _find_tokenizer(source, config, tokenizer)
+    settings = layout.override(config, overrides or {})
+    tensors = layout.prepare(_read(source, layout, checkpoint, dtype), settings)
+    model = _build(layout, settings, tensors, config_file)
+    model.source, model.ignored_keys = config, tuple(sorted(set(config) - layout.known))
+    model.tokenizer = _find_tokenizer(source, layout, config, tokenizer)
+    if model.tokenizer is None:
+        model.without_tokenizer = _why_none(layout, config)
     if model.tokenizer is not None:
         n_tokens = 1 + max(model.tokenizer.get_vocab().values(), default=-1)
         if n_tokens > model.cfg.d_vocab:
@@ -116,8 +135,50 @@ def save(model: BilinearTransformer, folder: str | os.PathLike[str]) -> None:
         (folder / "tokenizer.json").unlink(missing_ok=True)
 
 
+def _read(
+    source: Source, layout: Layout, checkpoint: str | None, dtype: torch.dtype | None
+) -> dict[str, tuple[Tensor, Path]]:
+    """Read the tensors: safetensors, or of a format whose publishers have none a torch archive."""
+    if checkpoint is not None and not layout.archived:
+        raise ValueError(f"checkpoint must be None for {source.name}, whose format has one only, got {checkpoint!r}")
+    if layout.archived and (checkpoint or not (source.optional(WEIGHTS) or source.optional(INDEX))):
+        archive = _archive(source, checkpoint)
+        if archive is not None:
+            return read_archive(archive, dtype)
+    return read_tensors(source, dtype)
+
+
+def _archive(source: Source, checkpoint: str | None) -> Path | None:
+    """Return the torch archive of that name, or the only one there is; None if there is none."""
+    if checkpoint is None:
+        whole = source.optional(ARCHIVE)
+        names = [] if whole else [name for name in source.names(CHECKPOINTS) if name.endswith(".pt")]
+        if len(names) > 1:
+            some = ", ".join(names if len(names) < 9 else [*names[:4], "...", *names[-4:]])
+            raise ValueError(f"checkpoint must name one of the {len(names)} of {source.name} ({some}), got None")
+        return source.optional(f"{CHECKPOINTS}/{names[0]}") if names else whole
+    if Path(checkpoint).name != checkpoint:
+        raise ValueError(f"checkpoint must be the name of a file in {source.name}, got {checkpoint!r}")
+    found = source.optional(f"{CHECKPOINTS}/{checkpoint}") or source.optional(checkpoint)
+    if found is None:
+        names = source.names(CHECKPOINTS)
+        near = get_close_matches(checkpoint, names, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f" (it has {', '.join(names[:8]) or 'none'})"
+        raise FileNotFoundError(f"{source.name} has no checkpoint {checkpoint!r}{hint}")
+    return found
+
+
+def _why_none(layout: Layout, config: Mapping[str, Any]) -> str:
+    """Return what a model without a tokenizer says when it needs one; empty where no more is known."""
+    if (reason := layout.undecodable(config)) is not None:
+        return reason
+    named = layout.tokenizer(config) if layout.archived else None
+    hint = f"this model has no tokenizer, so it takes token ids only; its own is {named!r}: pass tokenizer={named!r}"
+    return hint if named else ""
+
+
 def _find_tokenizer(
-    source: Source, config: Mapping[str, Any], given: str | os.PathLike[str] | None
+    source: Source, layout: Layout, config: Mapping[str, Any], given: str | os.PathLike[str] | None
 ) -> Tokenizer | None:
     """Return the tokenizer asked for, else the checkpoint's own, else (on the Hub) the one that its config names."""
     if given is not None:
@@ -126,11 +187,9 @@ def _find_tokenizer(
     own = source.optional("tokenizer.json")
     if own is not None:
         return read_tokenizer(own)
-    if source.folder is not None:
+    if source.folder is not None or layout.undecodable(config) is not None:
         return None
-    named = TOKENIZERS.get(str(config.get("tokenizer")))
-    if named is None and "n_vocab" in config:
-        named = f"tdooms/TinyStories-{config['n_vocab']}"
+    named = layout.tokenizer(config)
     if named is not None:
         try:
             return read_tokenizer(Source(named, None, None).file("tokenizer.json"))
@@ -147,6 +206,9 @@ def _find_tokenizer(
 
 def _layout_of(config: Mapping[str, Any], config_file: Path) -> Layout:
     """Tell the format by the config's keys; what of it cannot be represented is refused before any tensor is read."""
+    for layout in (Elriggs, AttentionOnly):
+        if layout.claims(config):
+            return layout()
     return Llama.of_config(config, config_file) if Llama.claims(config) else Published.of_config(config)
 
 
@@ -155,7 +217,7 @@ def _layout_for(model: BilinearTransformer) -> Layout:
     if model.source:
         layouts = [_layout_of(model.source, Path("config.json"))]
     else:
-        layouts = [*map(Published, Published.generations), *map(Llama, ARCHITECTURES)]
+        layouts = [*map(Published, Published.generations), *map(Llama, ARCHITECTURES), Elriggs(), AttentionOnly()]
     for layout in layouts:
         if layout.expresses(model.cfg):
             return layout
@@ -209,18 +271,22 @@ def _build(
         model = BilinearTransformer(cfg, source=config)
     state: dict[str, Tensor] = {}
     for name, parameter in model.state_dict().items():
+        named = layout.parts(name, _rows(parameter), cfg)
         if cfg.unembed.tied and name == "unembed.weight":
-            state[name] = _tied(stored, state["embed.weight"], layout.parts(name, len(parameter), cfg))
+            state[name] = _tied(stored, state["embed.weight"], named)
             continue
         parts = [
-            stored.take(part, [rows, *parameter.shape[1:]])
-            for part, rows in layout.parts(name, len(parameter), cfg).items()
+            stored.take(part, [rows, *parameter.shape[1:]] if parameter.ndim else []) for part, rows in named.items()
         ]
         state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     _refuse_leftovers(stored, cfg)
     model.load_state_dict(state, assign=True)
     model.ignored_keys = tuple(sorted(set(config) - layout.known))
     return model
+
+
+def _rows(weight: Tensor) -> int:
+    return len(weight) if weight.ndim else 1
 
 
 def _tied(stored: _Stored, embedding: Tensor, names: Iterable[str]) -> Tensor:
@@ -262,8 +328,8 @@ def _state(model: BilinearTransformer, layout: Layout, folder: Path) -> dict[str
                     "model.unembed.weight must equal model.embed.weight, which cfg.unembed.tied says it is"
                 )
             continue
-        parts = layout.parts(name, len(weight), cfg)
-        pieces = check_finite(weight, name, folder).cpu().split(list(parts.values()))
+        parts, weight = layout.parts(name, _rows(weight), cfg), check_finite(weight, name, folder).cpu()
+        pieces = weight.split(list(parts.values())) if weight.ndim else [weight]
         # clones: a safetensors file cannot hold weights that share memory
         copies = (piece.clone(memory_format=torch.contiguous_format) for piece in pieces)
         state |= dict(zip(parts, copies, strict=True))

@@ -5,12 +5,28 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .hooks import Point
+from .layers import NormConfig
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """The shape of what follows the token embedding."""
+
+    norm: NormConfig | None = None  # of the embeddings, before the first block; None: there is none
+
 
 @dataclass(frozen=True)
 class UnembedConfig:
     """The shape of an `Unembed`."""
 
     tied: bool = False  # whether its weight is the embedding's
+    cap: float | None = None  # logits become `cap tanh(logits / cap)`; None: they stay
+    norm: NormConfig | None = None  # the last norm, where it is another than the blocks'; None: it is as theirs
+
+    def __post_init__(self):
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap must be positive or None, got {self.cap}")
 
 
 class Embed(nn.Embedding):
@@ -23,9 +39,27 @@ class Embed(nn.Embedding):
 
 
 class Unembed(nn.Linear):
-    """Map from the residual stream to logits."""
+    """Map from the residual stream to logits, which it caps if it is to: `cap tanh(W x / cap)`.
+
+    Args:
+        config: Its shape.
+        d_model: Width of the residual stream.
+        d_vocab: How many logits.
+        before_cap: Sees the logits before they are capped; the model's own hook point.
+    """
+
+    def __init__(self, config: UnembedConfig, d_model: int, d_vocab: int, before_cap: Point | None = None):
+        super().__init__(d_model, d_vocab, bias=False)
+        self.cap, self.before_cap = config.cap, before_cap
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
         """Unembedding matrix."""
         return self.weight.T
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        """Return logits."""
+        logits = super().forward(x)
+        if self.cap is None:
+            return logits
+        return self.cap * (self.before_cap(logits) / self.cap).tanh()

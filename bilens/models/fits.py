@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .gates import Blend
-from .layers import NoNorm
 from .mlp import ACTIVATIONS
 from .transformer import BilinearTransformer
 
@@ -122,10 +121,10 @@ def norms_of(model: BilinearTransformer) -> dict[str, nn.Module]:
     Raises:
         ValueError: It has none, or they are being annealed.
     """
+    if model.cfg.norm is None:
+        raise ValueError("model must have norms to fit, and this one has none")
     places = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in ("ln1", "ln2")]
     norms = {name: model.get_submodule(name) for name in (*places, "ln_final")}
-    if any(isinstance(norm, NoNorm) for norm in norms.values()):
-        raise ValueError("model must have norms to fit, and this one has none")
     if any(isinstance(norm, Blend) for norm in norms.values()):
         raise ValueError("model is being annealed already: its norms are on their way to linear maps")
     return norms
@@ -133,9 +132,11 @@ def norms_of(model: BilinearTransformer) -> dict[str, nn.Module]:
 
 def check_gated(model: BilinearTransformer) -> None:
     """Raise a ValueError unless all MLPs are gated, each with its own activation."""
+    if model.cfg.mlp is None:
+        raise ValueError("model must have gated MLPs, act(Lx) ⊙ (Rx), and this one has attention only")
     kind = model.cfg.mlp.kind
     if kind != "gated":
-        why = "it needs no annealing" if kind == "bilinear" else "it has no product to keep"
+        why = "it needs no annealing" if model.cfg.mlp.quadratic else "it has no product to keep"
         raise ValueError(f"model must have gated MLPs, act(Lx) ⊙ (Rx), got {kind} ones: {why}")
     if any(block.mlp.gate is not None for block in model.blocks):
         raise ValueError("model is being annealed already: its gates are not its activation any more")

@@ -1,6 +1,7 @@
 """Continuing a text token by token, without running again what cannot have changed."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -94,29 +95,41 @@ class _Stepper:
         self.model = model
         self.first_hooked = _first_hooked_layer(model) if use_cache else 0
         self.past: list[KeyValue | None] = [None] * self.first_hooked
-        self.resid: Tensor | None = None
+        # what the first hooked block reads: the stream, the stream's start, the first block's values
+        self.read: list[Tensor | None] | None = None
 
     def next_logits(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch vocab"]:
         """Return the logits after the last of `tokens`, which extend those of the call before by any number."""
         model, keys = self.model, tokens.shape[1]
         padding = None if mask.all() else mask
-        new = keys if self.resid is None or not self.first_hooked else keys - self.resid.shape[1]
-        x = model.hook_embed(model.embed(tokens[:, keys - new :]))
-        rotary, attend = geometry(model.cfg.attention, padding, keys, new, x)
+        new = keys if self.read is None else keys - self.read[0].shape[1]
+        x = model.stream_start(tokens[:, keys - new :])
+        frame = replace(geometry(model.cfg.attention, padding, keys, new, x), start=x if model.cfg.rereads else None)
         for layer, block in enumerate(model.blocks[: self.first_hooked]):
-            x, self.past[layer] = block(x, rotary, attend, self.past[layer])
-        if self.resid is not None and self.first_hooked:
-            x = torch.cat((self.resid, x), 1)
-        self.resid = x
-        rotary, attend = geometry(model.cfg.attention, padding, keys, keys, x)
+            x, self.past[layer], frame = block(x, frame, self.past[layer])
+        x, start, values = self._extend([x, frame.start, frame.values])
+        frame = replace(geometry(model.cfg.attention, padding, keys, keys, x), start=start, values=values)
         for block in model.blocks[self.first_hooked :]:
-            x, _ = block(x, rotary, attend)
+            x, _, frame = block(x, frame)
         return model.unembed(model.ln_final(x)[:, -1])
+
+    def _extend(self, new: list[Tensor | None]) -> list[Tensor | None]:
+        """Put what the first hooked block reads at the new positions behind that at the old ones."""
+        if not self.first_hooked:
+            return new
+        if self.read is not None:
+            new = [
+                after if after is None else torch.cat((old, after), 1)
+                for old, after in zip(self.read, new, strict=True)
+            ]
+        self.read = new
+        return new
 
 
 def _first_hooked_layer(model: Generation) -> int:
-    """Return the first block with a hook, 0 if the embedding has one, n_layers if none has; torch's own hooks count."""
-    if _hooked(model.hook_embed) or _hooked(model.embed):
+    """Return the first block with a hook, 0 if what comes before has one, n_layers if none has; torch's own count."""
+    before = [module for name, module in model.named_children() if name not in ("blocks", "ln_final", "unembed")]
+    if any(map(_hooked, before)):
         return 0
     return next((layer for layer, block in enumerate(model.blocks) if _hooked(block)), model.cfg.n_layers)
 

@@ -11,24 +11,46 @@ from transformer_lens.hook_points import HookPoint
 
 NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
-KEY_VALUE_HOOKS = ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")  # their heads are key-value heads
+KEY_VALUE_HOOKS = (
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_rot_k",
+    "attn.hook_k_normalized",
+)  # their heads are key-value heads
 # Shape and meaning of each hook point, by its name within the block.
 HOOK_MEANINGS = {
-    "hook_embed": ("batch seq d_model", "token embeddings, the start of the residual stream"),
-    "hook_resid_pre": ("batch seq d_model", "residual stream entering the block"),
+    "hook_embed": ("batch seq d_model", "token embeddings"),
+    "ln_embed.hook_scale": ("batch seq 1", "root mean square of hook_embed"),
+    "ln_embed.hook_normalized": ("batch seq d_model", "hook_embed / scale, before the norm's gain if it has one"),
+    "hook_embed_normalized": ("batch seq d_model", "token embeddings after their norm, the start of the stream"),
+    "hook_resid_pre": ("batch seq d_model", "residual stream that attention adds to, the stream's start mixed in"),
     "ln1.hook_scale": ("batch seq 1", "root mean square of resid_pre, what the norm divides by"),
     "ln1.hook_normalized": ("batch seq d_model", "resid_pre / scale, before the norm's gain if it has one"),
     "attn.hook_q": ("batch seq head d_head", "queries before rotation"),
     "attn.hook_k": ("batch seq head d_head", "keys before rotation"),
     "attn.hook_v": ("batch seq head d_head", "values"),
+    "attn.hook_v_own": ("batch seq head d_head", "this block's values, before the first block's are mixed in"),
     "attn.hook_rot_q": ("batch seq head d_head", "queries after rotation by position"),
     "attn.hook_rot_k": ("batch seq head d_head", "keys after rotation by position"),
-    "attn.hook_q2": ("batch seq head d_head", "second queries before rotation (bilinear attention)"),
-    "attn.hook_k2": ("batch seq head d_head", "second keys before rotation (bilinear attention)"),
-    "attn.hook_rot_q2": ("batch seq head d_head", "second queries after rotation (bilinear attention)"),
-    "attn.hook_rot_k2": ("batch seq head d_head", "second keys after rotation (bilinear attention)"),
-    "attn.hook_attn_scores": ("batch head query key", "scores before the softmax, -inf where masked"),
-    "attn.hook_pattern": ("batch head query key", "weights of the values, after the softmax"),
+    "attn.hook_q2": ("batch seq head d_head", "second queries before rotation (of a pair)"),
+    "attn.hook_k2": ("batch seq head d_head", "second keys before rotation (of a pair)"),
+    "attn.hook_rot_q2": ("batch seq head d_head", "second queries after rotation (of a pair)"),
+    "attn.hook_rot_k2": ("batch seq head d_head", "second keys after rotation (of a pair)"),
+    "attn.q_norm.hook_scale": ("batch seq ...", "root mean square of hook_q: of each head, or of all as one"),
+    "attn.q_norm.hook_normalized": ("batch seq ...", "hook_q / scale, before the norm's gain if it has one"),
+    "attn.hook_q_normalized": ("batch seq head d_head", "queries after their norm, before rotation"),
+    "attn.k_norm.hook_scale": ("batch seq ...", "root mean square of hook_k: of each head, or of all as one"),
+    "attn.k_norm.hook_normalized": ("batch seq ...", "hook_k / scale, before the norm's gain if it has one"),
+    "attn.hook_k_normalized": ("batch seq head d_head", "keys after their norm, before rotation"),
+    "attn.q2_norm.hook_scale": ("batch seq ...", "root mean square of hook_q2: of each head, or of all as one"),
+    "attn.q2_norm.hook_normalized": ("batch seq ...", "hook_q2 / scale, before the norm's gain if it has one"),
+    "attn.hook_q2_normalized": ("batch seq head d_head", "second queries after their norm, before rotation"),
+    "attn.k2_norm.hook_scale": ("batch seq ...", "root mean square of hook_k2: of each head, or of all as one"),
+    "attn.k2_norm.hook_normalized": ("batch seq ...", "hook_k2 / scale, before the norm's gain if it has one"),
+    "attn.hook_k2_normalized": ("batch seq head d_head", "second keys after their norm, before rotation"),
+    "attn.hook_attn_scores": ("batch head query key", "scores: before a softmax, -inf where masked; else products"),
+    "attn.hook_attn_scores2": ("batch head query key", "second scores before their softmax (differential attention)"),
+    "attn.hook_pattern": ("batch head query key", "what multiplies the values"),
     "attn.hook_z": ("batch seq head d_head", "pattern-weighted sum of values"),
     "attn.hook_result": ("batch seq head d_model", "what each head adds to the residual stream, scale included"),
     "hook_attn_out": ("batch seq d_model", "what attention adds to the residual stream, scale included"),
@@ -43,6 +65,8 @@ HOOK_MEANINGS = {
     "hook_resid_post": ("batch seq d_model", "residual stream leaving the block"),
     "ln_final.hook_scale": ("batch seq 1", "root mean square of the last resid_post"),
     "ln_final.hook_normalized": ("batch seq d_model", "last resid_post / scale, what the unembedding reads"),
+    "ln_final.hook_out": ("batch seq d_model", "the last norm's output, gain and shift included"),
+    "unembed_out_before_cap": ("batch seq vocab", "logits before they are capped"),
 }
 
 
@@ -66,6 +90,31 @@ class Point(HookPoint):
         """Return the activation, or a copy for hooks that may edit it."""
         readers = sum(getattr(handle, "only_reads", False) for handle in self.fwd_hooks)
         return x.clone() if len(self._forward_hooks) > readers else x
+
+
+class Cache(ActivationCache):
+    """transformer_lens' cache, which refuses what it takes for granted and some models do not do."""
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """Stack what each component added to the residual stream, as transformer_lens does.
+
+        Raises:
+            ValueError: The model's blocks scale the stream, so that it is not the sum of what was added to it.
+        """
+        self._check_sum()
+        return super().decompose_resid(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """Stack what each head, MLP and the embedding added to the residual stream; errors as `decompose_resid`."""
+        self._check_sum()
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
+    def _check_sum(self) -> None:
+        if self.model.cfg.stream.restart:
+            raise ValueError(
+                "the residual stream of this model is not the sum of what was added to it: its blocks scale it and mix "
+                "in its start; bilens.circuits.sources.sources splits it exactly"
+            )
 
 
 class Hooked(HookedRootModule):
@@ -153,7 +202,7 @@ class Hooked(HookedRootModule):
         out, cache = super().run_with_cache(*model_args, names_filter=names_filter, **kwargs)
         if not return_cache_object:
             return out, cache
-        return out, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+        return out, Cache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
     def check_hook_name(self, name: str | Callable[[str], bool]) -> None:
         """Raise a ValueError if no hook point has that name; predicates on names pass."""

@@ -1,31 +1,33 @@
-"""Norms and blocks, with transformer_lens' hook points.
+"""Norms, with transformer_lens' hook points.
 
 A module's hook points see exactly the quantity that their name says, in transformer_lens' shapes: a hook that returns
 a tensor replaces that quantity for everything downstream.
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from .attention import Attention, KeyValue
 from .hooks import Point
-from .mlp import MLP
-from .rotary import Angles
 
 
 @dataclass(frozen=True)
 class NormConfig:
-    """The shape of an `RMSNorm`."""
+    """The shape of a norm: an `RMSNorm`, a `LayerNorm` or a `ConstantNorm`."""
 
     eps: float = 1e-8  # added to the mean square; that of the published bilinear models
     gain: bool = False  # whether there is a gain `weight` (the 2024 checkpoints' have one)
     shift: bool = False  # whether there is a shift `bias` too
+    kind: Literal["rms", "layer", "constant"] = "rms"
 
     def __post_init__(self):
+        if self.kind not in NORMS:
+            raise ValueError(f"kind must be one of {', '.join(NORMS)} for a norm, got {self.kind!r}")
+        if self.kind == "constant" and (self.gain or self.shift):
+            raise ValueError("gain and shift must be False for a constant norm")
         if not self.eps >= 0:
             raise ValueError(f"eps must not be negative, got {self.eps}")
 
@@ -59,6 +61,10 @@ class RMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype)
 
+    def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Return `x` itself: nothing is taken away before the norm divides."""
+        return x
+
     def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
         """Return gain and shift, ones and zeros where the norm has none, of the dtype and device of `like`."""
         gain = like.new_ones(like.shape[-1]) if self.weight is None else self.weight.to(like)
@@ -66,6 +72,90 @@ class RMSNorm(nn.Module):
 
     def linear(self, x: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, " d_model"]]:
         """Return factor and shift: `norm(x) = factor * x + shift` exactly, `factor = gain / rms(x)`."""
+        gain, shift = self.affine(x)
+        return gain / self.rms(x), shift
+
+
+class LayerNorm(nn.Module):
+    """Take away the mean and divide by the standard deviation, `(x - mean) / sqrt(var + eps)`; then scale and shift.
+
+    It answers as an `RMSNorm` does; `hook_out` sees what it returns.
+
+    Args:
+        config: Its shape.
+        d_model: Width of the residual stream.
+    """
+
+    def __init__(self, config: NormConfig, d_model: int):
+        super().__init__()
+        self.eps = config.eps
+        self.weight = nn.Parameter(torch.ones(d_model)) if config.gain else None
+        self.bias = nn.Parameter(torch.zeros(d_model)) if config.shift else None
+        self.hook_scale, self.hook_normalized, self.hook_out = Point(), Point(), Point()
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Return the normalised `x`; `hook_scale` sees the standard deviation, `hook_normalized` the ratio."""
+        x = self.hook_normalized(self.center(x) / self.hook_scale(self.rms(x)))
+        x = x if self.weight is None else x * self.weight
+        return self.hook_out(x if self.bias is None else x + self.bias)
+
+    def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+        """Return what the centred `x` is divided by, `sqrt(var + eps)`; no hook sees it."""
+        wide = self.center(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype)
+
+    def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Return `x` without its mean over the residual dimensions."""
+        return x - x.mean(-1, keepdim=True)
+
+    def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+        """Return gain and shift, ones and zeros where the norm has none, of the dtype and device of `like`."""
+        gain = like.new_ones(like.shape[-1]) if self.weight is None else self.weight.to(like)
+        return gain, torch.zeros_like(gain) if self.bias is None else self.bias.to(like)
+
+    def linear(
+        self, x: Float[Tensor, "... d_model"]
+    ) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, "... d_model"]]:
+        """Return factor and shift: `norm(x) = factor * x + shift`; the shift takes the mean of this `x` away."""
+        gain, shift = self.affine(x)
+        factor = gain / self.rms(x)
+        return factor, shift - factor * x.mean(-1, keepdim=True)
+
+
+class ConstantNorm(nn.Module):
+    """Divide by a number that training left behind, `x / sqrt(energy + eps)`: a linear map.
+
+    It answers as an `RMSNorm` does; `hook_out` sees what it returns.
+
+    Args:
+        config: Its shape.
+        d_model: Width of the residual stream.
+    """
+
+    def __init__(self, config: NormConfig, d_model: int):
+        super().__init__()
+        self.eps, self.weight, self.bias = config.eps, None, None
+        self.register_buffer("energy", torch.ones(1))
+        self.hook_scale, self.hook_normalized, self.hook_out = Point(), Point(), Point()
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Return the scaled `x`; `hook_scale` sees the number at each position, `hook_normalized` the ratio."""
+        return self.hook_out(self.hook_normalized(x / self.hook_scale(self.rms(x))))
+
+    def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+        """Return what `x` is divided by, the same everywhere; no hook sees it."""
+        return (self.energy + self.eps).sqrt().to(x.dtype).expand(*x.shape[:-1], 1)
+
+    def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Return `x` itself: nothing is taken away before the norm divides."""
+        return x
+
+    def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+        """Return a gain of one and a shift of zero."""
+        return like.new_ones(like.shape[-1]), like.new_zeros(like.shape[-1])
+
+    def linear(self, x: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, " d_model"]]:
+        """Return factor and shift: `norm(x) = factor * x + shift` exactly, `factor = 1 / rms(x)`."""
         gain, shift = self.affine(x)
         return gain / self.rms(x), shift
 
@@ -81,6 +171,10 @@ class NoNorm(nn.Module):
         """Return ones: `x` is divided by nothing."""
         return torch.ones_like(x[..., :1])
 
+    def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Return `x` itself: nothing is taken away before the norm divides."""
+        return x
+
     def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
         """Return a gain of one and a shift of zero."""
         return like.new_ones(like.shape[-1]), like.new_zeros(like.shape[-1])
@@ -90,33 +184,10 @@ class NoNorm(nn.Module):
         return torch.ones_like(x), self.affine(x)[1]
 
 
-Norm: TypeAlias = RMSNorm | NoNorm
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "constant": ConstantNorm}
+Norm: TypeAlias = RMSNorm | LayerNorm | ConstantNorm | NoNorm
 
 
 def make_norm(config: NormConfig | None, d_model: int) -> Norm:
     """Return the norm of that shape, or what stands in its place."""
-    return NoNorm() if config is None else RMSNorm(config, d_model)
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block; every `hook_*_out` is exactly what is added to the residual stream."""
-
-    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP):
-        super().__init__()
-        self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
-        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = Point(), Point(), Point()
-        self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = Point(), Point(), Point()
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch seq d_model"],
-        rotary: Angles,
-        mask: Bool[Tensor, "batch seq keys"] | None = None,
-        past: KeyValue | None = None,
-    ) -> tuple[Float[Tensor, "batch seq d_model"], KeyValue]:
-        """Return the residual stream after the block, and the keys and values of all positions so far."""
-        x = self.hook_resid_pre(x)
-        attn_out, past = self.attn(self.ln1(x), rotary, mask, past)
-        x = self.hook_resid_mid(x + self.hook_attn_out(attn_out))
-        mlp_out = self.mlp(self.hook_mlp_in(self.ln2(x)))
-        return self.hook_resid_post(x + self.hook_mlp_out(mlp_out)), past
+    return NoNorm() if config is None else NORMS[config.kind](config, d_model)

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from .sources import CheckpointError
 from .transformer import BilinearConfig, BilinearTransformer
 
+TOKENIZERS = {
+    "ts-4096": "tdooms/ts-tokenizer-4096",
+    "mistral": "mistral-community/Mixtral-8x22B-v0.1",
+    "gpt2": "openai-community/gpt2",
+}
 UNREAD = {  # written by transformers or by training; without effect on what the model computes
     *("architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "auto_map", "_name_or_path"),
     *("repo", "modifier", "noise", "attn_dropout", "embed_dropout", "mlp_dropout", "resid_dropout"),
@@ -24,6 +30,9 @@ class Layout(ABC):
     embedding: str  # the published name of the token embedding
     labels: dict[str, Any]  # config keys that name the format
     known: frozenset[str]  # config keys that are read, or that change nothing of what the model computes
+    overridable: tuple[str, ...] = ()  # config keys that a user may set against a checkpoint
+    attention_only: bool = False  # whether its models have no MLPs
+    archived: bool = False  # whether its publishers have torch archives only, no safetensors
 
     @abstractmethod
     def shape(self, config: Mapping[str, Any], d_vocab: int, path: Path) -> BilinearConfig:
@@ -46,12 +55,41 @@ class Layout(ABC):
     def parts(self, name: str, rows: int, cfg: BilinearConfig) -> dict[str, int]:
         """Return the tensors that a parameter of so many rows is made of, one above the other, each with its rows."""
 
+    def override(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config with keys that a user sets.
+
+        Raises:
+            ValueError: A key that this format has not, or that is not a user's to set.
+        """
+        for key in overrides:
+            if key not in self.overridable:
+                allowed = f"one of {', '.join(self.overridable)}" if self.overridable else "absent"
+                raise ValueError(f"overrides: a key must be {allowed} for a model of this format, got {key!r}")
+        return {**config, **overrides}
+
+    def prepare(
+        self, tensors: dict[str, tuple[Tensor, Path]], config: Mapping[str, Any]
+    ) -> dict[str, tuple[Tensor, Path]]:
+        """Return the tensors as the model holds them, each with its file, where a format stores them otherwise."""
+        return tensors
+
+    def tokenizer(self, config: Mapping[str, Any]) -> str | None:
+        """Return the Hub repository of the tokenizer of a model that lacks its own; None if the config names none."""
+        named = TOKENIZERS.get(str(config.get("tokenizer")))
+        return f"tdooms/TinyStories-{config['n_vocab']}" if named is None and "n_vocab" in config else named
+
+    def undecodable(self, config: Mapping[str, Any]) -> str | None:
+        """Return why the token ids of such a model cannot be decoded; None if a tokenizer does."""
+        return None
+
     def has_bos(self, tokenizer: Tokenizer) -> bool:
         """Tell whether models of this format were trained on texts that start with BOS; the published ones were."""
         return True
 
     def expresses(self, cfg: BilinearConfig) -> bool:
         """Tell whether a config of this format can say what the model computes."""
+        if (cfg.mlp is None) != self.attention_only:
+            return False
         try:
             return self.shape(self.keys(cfg), cfg.d_vocab, Path("config.json")) == cfg
         except CheckpointError:  # an activation that no model of this format has

@@ -32,7 +32,8 @@ def logit_directions(
 ) -> Float[Tensor, "token d_model"]:
     """Return the residual directions that raise tokens' logits: unembedding times the final norm's gain.
 
-    `logit_t = direction_t · resid_post / rms + const`, with `rms` the root mean square of the last residual stream.
+    `logit_t = direction_t · resid_post / rms + const`, with `rms` what the final norm divides by (and, where logits are
+    capped, the logit before its cap). A norm that takes the mean away does so to the directions.
 
     Args:
         model: The model.
@@ -40,4 +41,4 @@ def logit_directions(
     """
     rows = model.W_U.detach().T
     rows = rows if tokens is None else rows[torch.as_tensor(tokens, device=rows.device)]
-    return rows * model.ln_final.affine(rows)[0].detach()
+    return model.ln_final.center(rows * model.ln_final.affine(rows)[0].detach())

@@ -14,11 +14,13 @@ from .hooks import Point
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
     "gelu": F.gelu,
     "identity": lambda x: x,
 }
-KINDS = ("bilinear", "gated", "plain")
+KINDS = ("bilinear", "squared", "gated", "plain")
+SINGLE = ("squared", "plain")  # without a right factor of their own
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class MLPConfig:
     """The shape of an `MLP`."""
 
     d_hidden: int
-    kind: Literal["bilinear", "gated", "plain"] = "bilinear"
-    act: str | None = None  # activation on the left factor, a name in ACTIVATIONS; None in a bilinear MLP
+    kind: Literal["bilinear", "squared", "gated", "plain"] = "bilinear"
+    act: str | None = None  # activation on the left factor, a name in ACTIVATIONS; None if bilinear or squared
     bias: tuple[bool, bool] = (False, False)  # on the way in (left and right), on the way out
 
     def __post_init__(self):
@@ -35,18 +37,25 @@ class MLPConfig:
             raise ValueError(f"d_hidden must be at least 1, got {self.d_hidden}")
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)} for an MLP, got {self.kind!r}")
-        if (self.kind == "bilinear") != (self.act is None):
+        if self.quadratic != (self.act is None):
             raise ValueError(
-                f"act must be None for a bilinear MLP and named otherwise, got kind={self.kind!r}, act={self.act!r}"
+                f"act must be None for a bilinear MLP (or a squared one) and named otherwise, got kind={self.kind!r}, "
+                f"act={self.act!r}"
             )
         if self.act is not None and self.act not in ACTIVATIONS:
             raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)} for a {self.kind} MLP, got {self.act!r}")
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether the layer is a third-order tensor."""
+        return self.kind in ("bilinear", "squared")
 
 
 class MLP(nn.Module):
     """Feed-forward layer: bilinear `W_p((Lx) ⊙ (Rx))`, gated `W_p(act(Lx) ⊙ (Rx))` or plain `W_p act(Lx)`.
 
-    Left and right weights are fused, `w = [left; right]`, as in the published checkpoints.
+    Squared, `W_p((Lx) ⊙ (Lx))`, is bilinear with one matrix as both factors, and without `hook_pre_linear`. Otherwise
+    left and right weights are fused, `w = [left; right]`, as in the published checkpoints.
 
     Args:
         config: Its shape.
@@ -56,17 +65,19 @@ class MLP(nn.Module):
     def __init__(self, config: MLPConfig, d_model: int):
         super().__init__()
         self.config, d_hidden = config, config.d_hidden
-        self.w = nn.Linear(d_model, d_hidden if config.kind == "plain" else 2 * d_hidden, bias=config.bias[0])
+        self.w = nn.Linear(d_model, d_hidden if config.kind in SINGLE else 2 * d_hidden, bias=config.bias[0])
         self.p = nn.Linear(d_hidden, d_model, bias=config.bias[1])
         self.gate: nn.Module | None = None  # in place of the activation, while that is being annealed
         self.hook_pre, self.hook_post = Point(), Point()
-        if config.kind != "plain":
+        if config.kind not in SINGLE:
             self.hook_pre_linear = Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return what the layer adds to the residual stream."""
-        if self.config.kind == "plain":
-            return self.p(self.hook_post(ACTIVATIONS[self.config.act](self.hook_pre(self.w(x)))))
+        if self.config.kind in SINGLE:
+            left = self.hook_pre(self.w(x))
+            left = left.square() if self.config.act is None else ACTIVATIONS[self.config.act](left)
+            return self.p(self.hook_post(left))
         left, right = self.w(x).chunk(2, dim=-1)
         left, right = self.hook_pre(left), self.hook_pre_linear(right)
         if self.gate is not None:
@@ -78,11 +89,13 @@ class MLP(nn.Module):
     @property
     def left(self) -> Float[Tensor, "hidden d_model"]:
         """Weights of the left factor."""
-        return self.w.weight if self.config.kind == "plain" else self.w.weight.chunk(2)[0]
+        return self.w.weight if self.config.kind in SINGLE else self.w.weight.chunk(2)[0]
 
     @property
     def right(self) -> Float[Tensor, "hidden d_model"]:
-        """Weights of the right factor; a plain layer has none."""
+        """Weights of the right factor: of a squared layer the left ones; a plain layer has none."""
+        if self.config.kind == "squared":
+            return self.left
         if self.config.kind == "plain":
             raise AttributeError("a plain MLP (act(Lx) without a product) has no right weights")
         return self.w.weight.chunk(2)[1]
@@ -99,7 +112,7 @@ class MLP(nn.Module):
 
     @property
     def W_in(self) -> Float[Tensor, "d_model hidden"]:
-        """Right weights (of a plain layer, its only ones) in transformer_lens' orientation."""
+        """Right weights (of a plain or squared layer, its only ones) in transformer_lens' orientation."""
         return (self.left if self.config.kind == "plain" else self.right).T
 
     @property
@@ -121,10 +134,28 @@ class MLP(nn.Module):
         Raises:
             TypeError: The layer is gated or plain, so no such tensor exists.
         """
-        if self.config.kind != "bilinear":
+        if not self.config.quadratic:
             raise TypeError(
                 f"only a bilinear MLP is a third-order tensor; this one is {self.config.kind} with activation "
                 f"{self.config.act!r}"
             )
-        left_bias, right_bias = (None, None) if self.w.bias is None else self.w.bias.chunk(2)
+        left_bias, right_bias = (None, None) if self.w.bias is None else self._biases()
         return BilinearTensor.from_weights(self.down, self.left, self.right, left_bias, right_bias, self.p.bias)
+
+    def _biases(self) -> tuple[Tensor, Tensor]:
+        left, right = (self.w.bias,) * 2 if self.config.kind == "squared" else self.w.bias.chunk(2)
+        return left, right
+
+
+class NoMLP(nn.Module):
+    """What stands where a model of attention only has no MLP: it says so when it is asked for its tensor."""
+
+    config = gate = None
+
+    def tensor(self) -> BilinearTensor:
+        """Refuse.
+
+        Raises:
+            TypeError: Always: there is no layer.
+        """
+        raise TypeError("only a bilinear MLP is a third-order tensor; this model has attention only, and no MLPs")

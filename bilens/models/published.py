@@ -61,7 +61,7 @@ class Published(Layout):
                 "normalization": None if cfg.norm is None else "rms",
                 "norm_bias": bool(cfg.norm and cfg.norm.shift),
             }
-            return keys | {"n_vocab": cfg.d_vocab, "mlp": names[cfg.mlp.kind], "mlp_bias": bias} | norm
+            return keys | {"n_vocab": cfg.d_vocab, "mlp": names.get(cfg.mlp.kind), "mlp_bias": bias} | norm
         keys |= {"bilinear": cfg.mlp.kind != "plain", "bias": bias, "normalization": cfg.norm is not None}
         if self.generation == "2024-06":
             return keys | {"n_vocab": cfg.d_vocab, "gate": act is not None}

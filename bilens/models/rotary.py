@@ -20,6 +20,9 @@ class Rope:
     linearly in the number of turns (`"llama3"`) or in i (`"yarn"`, arXiv 2309.00071); `"linear"` keeps nothing.
     `"default"` is as transformers rounds it, `"published"` as the bilinear checkpoints' models always were here: the
     same to a unit in the last place, which position 4096 makes 1e-4 of a radian.
+
+    `tables` rounds cosines and sines, which then are those of float32 whatever the activations' dtype: they are part of
+    the model. `reverse` turns the other way, by -f_i: the same scores as of weights whose second halves are negated.
     """
 
     base: float = 10000.0
@@ -29,8 +32,12 @@ class Rope:
     turns: tuple[float, float] = (1.0, 1.0)
     gain: float = 1.0  # on cosines and sines (yarn), so squared on the scores
     whole: bool = True  # whether the ends of yarn's ramp are rounded to whole indices
+    reverse: bool = False  # whether pairs turn against Llama's direction
+    tables: Literal["float32", "bfloat16"] = "float32"  # what cosines and sines are rounded to
 
     def __post_init__(self):
+        if self.tables not in ("float32", "bfloat16"):
+            raise ValueError(f"tables must be 'float32' (as they are) or 'bfloat16', got {self.tables!r}")
         for name in ("base", "factor", "gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -80,9 +87,12 @@ class Rope:
             d_head: Width of a head; half as many angles.
             dtype: The activations' dtype.
         """
-        dtype = torch.promote_types(dtype, torch.float32)
+        rounded = self.tables == "bfloat16"
+        dtype = torch.float32 if rounded else torch.promote_types(dtype, torch.float32)
         angles = positions[..., None].to(dtype) * self.frequencies(d_head, dtype, positions.device)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos(), (-angles if self.reverse else angles).sin()
+        if rounded:
+            cos, sin = cos.bfloat16().float(), sin.bfloat16().float()
         return (cos, sin) if self.gain == 1 else (cos * self.gain, sin * self.gain)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -24,6 +25,8 @@ from torch import Tensor
 
 EMBEDDED = "bilens-mini"
 PUBLISHED = ("tdooms/ts-medium", "tdooms/fw-small", "tdooms/fw-medium")
+DATASETS = "datasets/"  # before the name of a model that lies in a dataset repository
+IN_DATASETS = ("melephant/2l-bilinear-attn-normalised-v2",)
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -39,8 +42,8 @@ def assets() -> Path:
 class Source:
     """A folder or a Hub repository; finds files by name."""
 
-    def __init__(self, name: str, folder: Path | None, revision: str | None):
-        self.name, self.folder, self.revision = name, folder, revision
+    def __init__(self, name: str, folder: Path | None, revision: str | None, kind: str = "model"):
+        self.name, self.folder, self.revision, self.kind = name, folder, revision, kind
         self.commit: str | None = None  # on the Hub: where the first file came from, so that all are of one state
 
     @classmethod
@@ -53,6 +56,8 @@ class Source:
             return cls(str(name), folder, None)
         if folder.exists():
             raise FileNotFoundError(f"{name} is a file; give the folder that holds config.json and model.safetensors")
+        if isinstance(name, str) and name.startswith(DATASETS) and name.count("/") == 2:
+            return cls(name.removeprefix(DATASETS), None, revision, "dataset")
         local = not isinstance(name, str) or name.startswith((".", "/", "~")) or name.count("/") > 1
         if local or name.count("/") == 0:
             near = get_close_matches(str(name), [EMBEDDED, *(p.rsplit("/")[-1] for p in PUBLISHED)], n=1, cutoff=0.6)
@@ -62,7 +67,7 @@ class Source:
                 f"no folder {str(name)!r}, and a Hub repository is named owner/name (the embedded model is "
                 f"{EMBEDDED!r}){hint}"
             )
-        return cls(name, None, revision)
+        return cls(name, None, revision, "dataset" if name in IN_DATASETS else "model")
 
     def file(self, filename: str) -> Path:
         """Return a file's path, downloaded if need be; raise if there is none."""
@@ -79,11 +84,14 @@ class Source:
         if self.folder is not None:
             path = self.folder / filename
             return path if path.is_file() else None
-        known = self.commit and huggingface_hub.try_to_load_from_cache(self.name, filename, revision=self.commit)
+        known = self.commit and huggingface_hub.try_to_load_from_cache(
+            self.name, filename, revision=self.commit, repo_type=self.kind
+        )
         if known is not None and not isinstance(known, str):
             return None  # the cache remembers that this commit does not have it; the Hub need not be asked again
         try:
-            path = Path(huggingface_hub.hf_hub_download(self.name, filename, revision=self.commit or self.revision))
+            state = self.commit or self.revision
+            path = Path(huggingface_hub.hf_hub_download(self.name, filename, revision=state, repo_type=self.kind))
             self.commit = path.parents[filename.count("/")].name
             return path
         except GatedRepoError as error:
@@ -107,6 +115,17 @@ class Source:
         except HFValidationError as error:
             raise FileNotFoundError(f"{self.name!r} is neither a folder here nor a valid Hub name: {error}") from error
 
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the files of a subfolder, sorted; none if there is no such folder."""
+        if self.folder is not None:
+            return sorted(path.name for path in (self.folder / folder).glob("*") if path.is_file())
+        state = self.commit or self.revision
+        try:
+            listed = huggingface_hub.HfApi().list_repo_files(self.name, revision=state, repo_type=self.kind)
+        except Exception as error:  # offline, no connection, a portal: as many kinds as transports
+            raise FileNotFoundError(f"the files of {self.name} on the Hub cannot be listed: {error}") from error
+        return sorted(name.removeprefix(f"{folder}/") for name in listed if name.startswith(f"{folder}/"))
+
     def _near_names(self) -> str:
         """Return a hint with the repository names of the same owner nearest to the one that does not exist."""
         owner = self.name.split("/")[0]
@@ -116,6 +135,11 @@ class Source:
             names = []
         near = get_close_matches(self.name, sorted({*names, *PUBLISHED}), n=3, cutoff=0.5)
         return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def conversions() -> Path:
+    """Return the folder, beside the Hub's cache, for copies of what was published in another form."""
+    return Path(constants.HF_HUB_CACHE).parent / "bilens"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,14 +199,19 @@ def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[t
                 tensor = file.get_tensor(name)
                 if tensor.dtype not in DTYPES:
                     raise CheckpointError(f"{path}: tensor {name} must be floating point, got {tensor.dtype}")
-                half = tensor.dtype in (torch.float16, torch.bfloat16)
-                yield name, check_finite(tensor.to(dtype or (torch.float32 if half else tensor.dtype)), name, path)
+                yield name, check_finite(widened(tensor, dtype), name, path)
     except SafetensorError as error:
         with open(path, "rb") as file:
             head = file.read(4)
         pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
         what = "is a pickle under another name; bilens reads safetensors only" if pickled else f"is damaged: {error}"
         raise CheckpointError(f"{path} must be a safetensors file, but {what} (first bytes {head!r})") from error
+
+
+def widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor in that dtype; if `None`, half precision as float32 and the rest as it is."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(dtype or (torch.float32 if half else tensor.dtype))
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> Tensor:

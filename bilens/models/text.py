@@ -44,6 +44,7 @@ class TextInterface:
     """What a model with a `tokenizer` does with text: transformer_lens' interface."""
 
     tokenizer: Tokenizer | None
+    without_tokenizer: str = ""  # why the model has no tokenizer, where that is known
     has_bos: bool  # False for models trained without BOS, whose texts then start without (Qwen)
 
     @property
@@ -67,8 +68,9 @@ class TextInterface:
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
-                "this model has no tokenizer, so it takes token ids only; put a tokenizer.json beside its weights or "
-                "pass tokenizer= to bilens.load"
+                self.without_tokenizer
+                or "this model has no tokenizer, so it takes token ids only; put a tokenizer.json beside its weights "
+                "or pass tokenizer= to bilens.load"
             )
         return self.tokenizer
 

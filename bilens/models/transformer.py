@@ -1,7 +1,7 @@
 """The hooked bilinear transformer: transformer_lens' interface and hook names on a plain `nn.Module`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -10,12 +10,13 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from .attention import Attention, AttentionConfig, geometry
-from .embedding import Embed, Unembed, UnembedConfig
+from .attention import Attention, AttentionConfig, Frame, geometry
+from .blocks import Block, StreamConfig
+from .embedding import Embed, EmbedConfig, Unembed, UnembedConfig
 from .generation import Generation
 from .hooks import Point
-from .layers import Block, NormConfig, make_norm
-from .mlp import MLP, MLPConfig
+from .layers import Norm, NormConfig, make_norm
+from .mlp import MLP, MLPConfig, NoMLP
 from .text import Ids, Text, token_ids
 
 
@@ -28,11 +29,13 @@ class BilinearConfig:
     n_ctx: int
     d_vocab: int
     attention: AttentionConfig
-    mlp: MLPConfig
+    mlp: MLPConfig | None  # None: attention only
     norm: NormConfig | None = field(
         default_factory=NormConfig
     )  # before attention, MLP and unembedding; None: there is none
     unembed: UnembedConfig = field(default_factory=UnembedConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_ctx", "d_vocab"):
@@ -42,14 +45,24 @@ class BilinearConfig:
     # transformer_lens' names: its ActivationCache and other tools read them.
     n_heads = property(lambda self: self.attention.n_heads)
     d_head = property(lambda self: self.attention.d_head)
-    d_hidden = property(lambda self: self.mlp.d_hidden)
-    d_mlp = property(lambda self: self.mlp.d_hidden)
-    act_fn = property(lambda self: self.mlp.act)
+    d_hidden = property(lambda self: 0 if self.mlp is None else self.mlp.d_hidden)
+    d_mlp = d_hidden
+    act_fn = property(lambda self: None if self.mlp is None else self.mlp.act)
     normalization_type = property(lambda self: None if self.norm is None else "RMS")
     eps = property(lambda self: None if self.norm is None else self.norm.eps)
-    attn_only = False
+    attn_only = property(lambda self: self.mlp is None)
     positional_embedding_type = "rotary"
     device = None
+
+    @property
+    def start_hook(self) -> str:
+        """The hook point that sees what enters the first block."""
+        return "hook_embed" if self.embed.norm is None else "hook_embed_normalized"
+
+    @property
+    def rereads(self) -> bool:
+        """Whether blocks read the start of the stream, or the first block's values, beside the stream itself."""
+        return self.stream.restart or self.attention.value_residual
 
 
 class BilinearTransformer(Generation):
@@ -72,17 +85,23 @@ class BilinearTransformer(Generation):
         self.has_bos = True
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = Point()
+        if cfg.embed.norm is not None:
+            self.ln_embed, self.hook_embed_normalized = make_norm(cfg.embed.norm, cfg.d_model), Point()
         self.blocks = nn.ModuleList(
             Block(
+                cfg.stream,
                 make_norm(cfg.norm, cfg.d_model),
                 Attention(cfg.attention, cfg.d_model),
-                make_norm(cfg.norm, cfg.d_model),
-                MLP(cfg.mlp, cfg.d_model),
+                make_norm(None if cfg.mlp is None else cfg.norm, cfg.d_model),
+                NoMLP() if cfg.mlp is None else MLP(cfg.mlp, cfg.d_model),
             )
             for _ in range(cfg.n_layers)
         )
-        self.ln_final = make_norm(cfg.norm, cfg.d_model)
-        self.unembed = Unembed(cfg.d_model, cfg.d_vocab, bias=False)
+        self.ln_final = make_norm(cfg.unembed.norm or cfg.norm, cfg.d_model)
+        if cfg.unembed.cap is not None:
+            self.unembed_out_before_cap = Point()
+        before_cap = None if cfg.unembed.cap is None else self.unembed_out_before_cap
+        self.unembed = Unembed(cfg.unembed, cfg.d_model, cfg.d_vocab, before_cap)
         if cfg.unembed.tied:
             self.unembed.weight = self.embed.weight
         self.setup()
@@ -108,29 +127,33 @@ class BilinearTransformer(Generation):
                 entropy, in nats, of each token given those before it, over unmasked pairs of neighbours.
             attention_mask: 1 at tokens, 0 at padding, on either side: a padded row gives at its tokens what it gives
                 alone. Values at padding positions are finite and mean nothing.
-            start_at_layer: First block to run, on a residual stream as input.
+            start_at_layer: First block to run, on what the block before it left (`hook_resid_post`).
             stop_at_layer: Stop before this block (negative: from the end) and return the residual stream there.
-            tokens: With `start_at_layer`, the token ids that a loss needs.
+            tokens: With `start_at_layer`, the token ids that a loss needs, and a model whose later blocks read the
+                start of the stream or the first block's values again (then computed without hooks).
             loss_per_token: Return the loss at each position, `[batch, seq - 1]`, zero where masked.
             prepend_bos: Whether a text starts with BOS.
 
         Raises:
             ValueError: A token id outside the vocabulary, more tokens than the context, a mask of another shape, a loss
-                of a single token.
+                of a single token, no `tokens` where they are needed.
         """
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        tokens = None if tokens is None else torch.atleast_2d(token_ids(tokens, "tokens"))
         if start_at_layer is None:
             tokens, mask = self.read(input, attention_mask, prepend_bos)
-            x = self.hook_embed(self.embed(tokens))
+            x = self.stream_start(tokens)
         elif isinstance(input, Tensor):
             x, mask = input, self.check_mask(attention_mask, input)
         else:
             raise ValueError(
                 f"start_at_layer takes a residual stream [batch, seq, d_model], got {type(input).__name__}"
             )
-        rotary, attend = geometry(self.cfg.attention, mask, x.shape[1], x.shape[1], x)
+        frame = geometry(self.cfg.attention, mask, x.shape[1], x.shape[1], x)
+        if self.cfg.rereads and start < stop:
+            frame = self._reread(frame, x, tokens, start)
         for block in self.blocks[start:stop]:
-            x, _ = block(x, rotary, attend)
+            x, _, frame = block(x, frame)
         if stop_at_layer is not None:
             return x
         if return_type is None:
@@ -140,8 +163,31 @@ class BilinearTransformer(Generation):
             return logits
         if tokens is None:
             raise ValueError("a loss needs token ids: with start_at_layer, give them as tokens=")
-        loss = _loss(logits, token_ids(tokens, "tokens").to(logits.device), mask, loss_per_token)
+        loss = _loss(logits, tokens.to(logits.device), mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
+
+    def stream_start(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
+        """Return what enters the first block: the embeddings, normalised if they are to be."""
+        x = self.hook_embed(self.embed(tokens))
+        return x if self.cfg.embed.norm is None else self.hook_embed_normalized(self.ln_embed(x))
+
+    def embedded(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
+        """Return what `stream_start` does, of tokens in any shape; no hook sees it."""
+        x = self.embed(tokens)
+        return x if self.cfg.embed.norm is None else _unseen(self.ln_embed, x)
+
+    def _reread(self, frame: Frame, x: Tensor, tokens: Tensor | None, start: int) -> Frame:
+        """Add to a frame what blocks read again, for a run that starts with `x` at block `start`."""
+        if start == 0:
+            return replace(frame, start=x)
+        if tokens is None:
+            raise ValueError(
+                f"tokens must be given with start_at_layer={start}: this model's blocks read the start of the stream, "
+                f"or the first block's values, again"
+            )
+        first, begun = self.blocks[0], self.embedded(tokens.to(x.device)).to(x.dtype)
+        read = _unseen(first.ln1, first.entering(begun, begun))
+        return replace(frame, start=begun, values=first.attn.own_values(read))
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, as `nn.Module` does; a tied unembedding stays the embedding's own parameter."""
@@ -155,7 +201,8 @@ class BilinearTransformer(Generation):
         for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
             if layer is not None and not -n <= layer <= n:
                 raise ValueError(f"{name} must lie between {-n} and {n} for a model of {n} layers, got {layer}")
-        return start or 0, n if stop is None else stop
+        start, stop = start or 0, n if stop is None else stop
+        return start + n * (start < 0), stop + n * (stop < 0)
 
     # -- weights, in transformer_lens' shapes -------------------------------------------------------------------------
 
@@ -197,8 +244,14 @@ class BilinearTransformer(Generation):
         The biases of attention always, those of the MLPs with `include_mlp_biases`.
         """
         biases = [block.attn.b_O for block in self.blocks[: layer + 1 if mlp_input else layer]]
-        biases += [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
+        if include_mlp_biases and self.cfg.mlp is not None:
+            biases += [block.mlp.b_out for block in self.blocks[:layer]]
         return sum(biases, self.W_E.new_zeros(self.cfg.d_model))
+
+
+def _unseen(norm: Norm, x: Tensor) -> Tensor:
+    factor, shift = norm.linear(x)
+    return factor * x + shift
 
 
 def _loss(logits: Tensor, tokens: Tensor, mask: Tensor | None, per_token: bool) -> Tensor:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from bilens.models.files import atomic_write, fingerprint
 from bilens.models.layers import RMSNorm
+from bilens.models.logits import logit_directions
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, holds_text, layer_of, observed
 
@@ -276,9 +277,7 @@ def _logit_effects(model: BilinearTransformer, sae: "SAE", hook: str) -> tuple[T
     if hook.endswith("hook_mlp_in"):
         norm = model.blocks[layer_of(hook)].ln2
         rows = rows / norm.weight.detach().to(rows) if isinstance(norm, RMSNorm) and norm.weight is not None else rows
-    if isinstance(model.ln_final, RMSNorm) and model.ln_final.weight is not None:
-        rows = rows * model.ln_final.weight.detach().to(rows)
-    effects = rows @ model.W_U.detach().to(rows)
+    effects = rows @ logit_directions(model).to(rows).T
     effects -= effects.mean(1, keepdim=True)
     n = min(TOKENS, effects.shape[1] // 2)
     best, worst = effects.topk(n, dim=1), effects.topk(n, dim=1, largest=False)

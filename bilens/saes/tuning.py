@@ -87,7 +87,7 @@ def _splicing_loss(
         return seen["new"]
 
     def predictions() -> Tensor:
-        logits = model(resid, attention_mask=windows.attend, start_at_layer=layer)
+        logits = model(resid, attention_mask=windows.attend, start_at_layer=layer, tokens=windows.tokens)
         return logits[windows.counts].log_softmax(-1)
 
     with torch.no_grad():
