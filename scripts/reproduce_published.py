@@ -21,11 +21,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from corpora import open_corpus
 from published_measures import CODE, Measurement, measurements
 from published_page import Row, rows_of, write_page
 from published_studies import STUDIES, Subject
 from tqdm import tqdm
-from train_language import open_corpus
 
 from bilens.models.files import atomic_write
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from corpora import is_held_out, read_corpus, train_tokenizer
 from torch import Tensor
-from train_language import is_held_out, read_corpus, train_tokenizer
 
 import bilens
 from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig

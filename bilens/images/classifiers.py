@@ -14,10 +14,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
 
 from bilens.models.files import atomic_write
+from bilens.models.hooks import Hooked, Point
 from bilens.models.sources import CheckpointError, read_json, read_safetensors
 from bilens.tensor.bilinear import BilinearTensor
 
@@ -57,8 +56,8 @@ class ProductLayer(nn.Module):
         self.residual = residual
         self.left = nn.Linear(d_hidden, d_hidden, bias=bias)
         self.right = nn.Linear(d_hidden, d_hidden, bias=bias)
-        self.hook_pre, self.hook_pre_linear, self.hook_post = HookPoint(), HookPoint(), HookPoint()
-        self.hook_out = HookPoint()
+        self.hook_pre, self.hook_pre_linear, self.hook_post = Point(), Point(), Point()
+        self.hook_out = Point()
 
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """Return the product of both sides, plus `x` if the layer is residual."""
@@ -66,7 +65,7 @@ class ProductLayer(nn.Module):
         return self.hook_out(x + product if self.residual else product)
 
 
-class ImageClassifier(HookedRootModule):
+class ImageClassifier(Hooked):
     """A classifier of images without any elementwise nonlinearity: embedding, bilinear layers, linear head.
 
     `logits = U h_n`, `h_l = (L h_{l-1} + b) ⊙ (R h_{l-1} + c) [+ h_{l-1}]`, `h_0 = E x [+ e]`; 2410.08417, section 4.
@@ -84,7 +83,7 @@ class ImageClassifier(HookedRootModule):
         self.embed = nn.Linear(cfg.pixels, cfg.d_hidden, bias=cfg.bias)
         self.blocks = nn.ModuleList(ProductLayer(cfg.d_hidden, cfg.bias, cfg.residual) for _ in range(cfg.n_layers))
         self.head = nn.Linear(cfg.d_hidden, cfg.n_classes, bias=cfg.bias)
-        self.hook_image, self.hook_embed, self.hook_logits = HookPoint(), HookPoint(), HookPoint()
+        self.hook_image, self.hook_embed, self.hook_logits = Point(), Point(), Point()
         with torch.no_grad():
             for part in (self.embed, *(side for block in self.blocks for side in (block.left, block.right)), self.head):
                 for parameter in part.parameters():

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from bilens.tensor.forms import BilinearForm, LinearMap
 
+from .hooks import Point
 from .layers import NormConfig, make_norm
 from .projections import Projection, rotated
 from .rotary import Angles, Rope, rotate
@@ -205,19 +205,19 @@ class Attention(nn.Module):
         for side, width in zip(sides, self.widths, strict=False):
             self._add_side(side, width)
         if config.value_residual:
-            self.hook_v_own = HookPoint()
-        self.hook_v = HookPoint()
-        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+            self.hook_v_own = Point()
+        self.hook_v = Point()
+        self.hook_attn_scores, self.hook_pattern = Point(), Point()
         if config.kind == "differential":
-            self.hook_attn_scores2 = HookPoint()
-        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+            self.hook_attn_scores2 = Point()
+        self.hook_z, self.hook_result = Point(), Point()
 
     def _add_side(self, side: str, width: int) -> None:
         """Add the hook points, and the norm if there is one, of queries or keys."""
         norm = self.config.qk_norm
         names = [f"hook_{side}", f"hook_rot_{side}"] + ([] if norm is None else [f"hook_{side}_normalized"])
         for name in names:
-            setattr(self, name, HookPoint())
+            setattr(self, name, Point())
         if norm is not None:
             setattr(self, f"{side}_norm", make_norm(norm.norm, self.config.d_head if norm.over == "head" else width))
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from .attention import Attention, Frame, KeyValue
+from .hooks import Point
 from .layers import NormConfig, make_norm
 from .mlp import MLP, NoMLP
 
@@ -43,9 +43,9 @@ class Block(nn.Module):
         self.ln1, self.attn, self.ln1_post = make_norm(before, d_model), attn, make_norm(after, d_model)
         self.ln2, self.mlp = make_norm(before if has_mlp else None, d_model), mlp
         self.ln2_post = make_norm(after if has_mlp else None, d_model)
-        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = Point(), Point(), Point()
         if has_mlp:
-            self.hook_resid_mid, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
+            self.hook_resid_mid, self.hook_mlp_in, self.hook_mlp_out = Point(), Point(), Point()
 
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], frame: Frame, past: KeyValue | None = None

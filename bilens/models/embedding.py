@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
+from .hooks import Point
 from .layers import NormConfig
 
 
@@ -68,7 +68,7 @@ class Unembed(nn.Linear):
         before_cap: Sees the logits before they are capped; the model's own hook point.
     """
 
-    def __init__(self, config: UnembedConfig, d_model: int, d_vocab: int, before_cap: HookPoint | None = None):
+    def __init__(self, config: UnembedConfig, d_model: int, d_vocab: int, before_cap: Point | None = None):
         super().__init__(d_model, d_vocab, bias=False)
         self.cap, self.before_cap = config.cap, before_cap
 

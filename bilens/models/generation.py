@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import KeyValue, geometry
 from .hooks import HookedModel
-from .text import Text, TextInterface
+from .text import Ids, Text, TextInterface, is_text
 
 
 class Generation(TextInterface, HookedModel):
@@ -18,7 +18,7 @@ class Generation(TextInterface, HookedModel):
     @torch.no_grad()
     def generate(
         self,
-        input: Text | Int[Tensor, "batch seq"] | Int[Tensor, " seq"] = "",
+        input: Text | Ids = "",
         max_new_tokens: int = 40,
         *,
         temperature: int | float = 1.0,
@@ -82,7 +82,7 @@ class Generation(TextInterface, HookedModel):
                 mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
                 if done.all():
                     break
-        if isinstance(input, Tensor):
+        if not is_text(input):
             return tokens
         texts = self.to_string(tokens, skip_special_tokens=True)
         return texts[0] if isinstance(input, str) else texts
@@ -127,12 +127,15 @@ class _Stepper:
 
 
 def _first_hooked_layer(model: Generation) -> int:
-    """Return the first block with a hook, 0 if the embedding has one, n_layers if none has."""
-    hooked = {name for name, point in model.hook_dict.items() if point.has_hooks()}
-    if any(name.startswith(("hook_embed", "ln_embed")) for name in hooked):
+    """Return the first block with a hook, 0 if what comes before has one, n_layers if none has; torch's own count."""
+    before = [module for name, module in model.named_children() if name not in ("blocks", "ln_final", "unembed")]
+    if any(map(_hooked, before)):
         return 0
-    layers = [int(name.split(".")[1]) for name in hooked if name.startswith("blocks.")]
-    return min(layers, default=model.cfg.n_layers)
+    return next((layer for layer, block in enumerate(model.blocks) if _hooked(block)), model.cfg.n_layers)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _sample(logits: Tensor, temperature: int | float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

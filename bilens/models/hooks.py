@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
+from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
 
 NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -72,6 +74,28 @@ HOOK_MEANINGS = {
 }
 
 
+class Point(HookPoint):
+    """A hook point whose hooks may edit in place: they see a copy, so an edit changes what comes after and no more.
+
+    Without a copy it would also change what shares the memory: the residual stream that another hook point has cached,
+    the caller's own data, or what the backward pass needs. Hooks that only read, those of `run_with_cache`, see the
+    activation itself.
+    """
+
+    def add_hook(self, hook: Callable, *args: Any, **kwargs: Any) -> None:
+        """Add a hook, as transformer_lens does, and remember whether it only reads."""
+        before = {id(handle) for handle in self.fwd_hooks}
+        super().add_hook(hook, *args, **kwargs)
+        for handle in self.fwd_hooks:
+            if id(handle) not in before:
+                handle.only_reads = getattr(hook, "only_reads", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation, or a copy for hooks that may edit it."""
+        readers = sum(getattr(handle, "only_reads", False) for handle in self.fwd_hooks)
+        return x.clone() if len(self._forward_hooks) > readers else x
+
+
 class Cache(ActivationCache):
     """transformer_lens' cache, which refuses what it takes for granted and some models do not do."""
 
@@ -97,8 +121,11 @@ class Cache(ActivationCache):
             )
 
 
-class HookedModel(HookedRootModule):
-    """A module with transformer_lens' interface to hooks that refuses names which no hook point has."""
+class Hooked(HookedRootModule):
+    """A module with transformer_lens' interface to hooks that refuses names which no hook point has.
+
+    One module has one set of hooks: threads that hook it at the same time see each other's. Give each its own copy.
+    """
 
     @contextmanager
     def hooks(self, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False):
@@ -117,8 +144,30 @@ class HookedModel(HookedRootModule):
         fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
         for name, _ in (*fwd_hooks, *bwd_hooks):
             self.check_hook_name(name)
-        with super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            yield self
+        level = self.context_level + 1
+        try:
+            try:
+                self.context_level = level
+                for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                    for name, hook in hooks:
+                        self.add_hook(name, hook, dir=direction, level=level)
+                yield self
+            finally:
+                self._leave(level, reset_hooks_end, clear_contexts)
+        finally:  # again: an interrupt may have come while hooks were being removed
+            self._leave(level, reset_hooks_end, clear_contexts)
+
+    def _leave(self, level: int, reset: bool, clear_contexts: bool) -> None:
+        if reset:
+            self.reset_hooks(clear_contexts, level=level)
+        self.context_level = level - 1
+
+    def get_caching_hooks(self, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:
+        """Return a cache and the hooks that fill it, as transformer_lens does; they are known to edit nothing."""
+        cache, fwd_hooks, bwd_hooks = super().get_caching_hooks(*args, **kwargs)
+        for _, hook in fwd_hooks:
+            hook.only_reads = True
+        return cache, fwd_hooks, bwd_hooks
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
         """Add a hook that stays until `reset_hooks()`; see `hooks` for one that removes itself.
@@ -166,6 +215,10 @@ class HookedModel(HookedRootModule):
         near = get_close_matches(name, self.hook_dict, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "model.hook_table() lists them"
         raise ValueError(f"no hook point is named {name!r}; {hint}")
+
+
+class HookedModel(Hooked):
+    """A transformer with hook points."""
 
     def hook_table(self) -> None:
         """Print every hook point with its shape and meaning; a block's are listed once, for all layers."""

@@ -10,7 +10,8 @@ from typing import Literal, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+
+from .hooks import Point
 
 PLACES = ("before", "after", "both")
 
@@ -54,8 +55,8 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = config.eps, float(config.plus_one)
         self.weight = nn.Parameter(torch.full((d_model,), 1 - self.offset)) if config.gain else None
         self.bias = nn.Parameter(torch.zeros(d_model)) if config.shift else None
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
+        self.hook_scale = Point()
+        self.hook_normalized = Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the root mean square, `hook_normalized` the ratio."""
@@ -105,7 +106,7 @@ class LayerNorm(nn.Module):
         self.eps = config.eps
         self.weight = nn.Parameter(torch.ones(d_model)) if config.gain else None
         self.bias = nn.Parameter(torch.zeros(d_model)) if config.shift else None
-        self.hook_scale, self.hook_normalized, self.hook_out = HookPoint(), HookPoint(), HookPoint()
+        self.hook_scale, self.hook_normalized, self.hook_out = Point(), Point(), Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the standard deviation, `hook_normalized` the ratio."""
@@ -150,7 +151,7 @@ class ConstantNorm(nn.Module):
         super().__init__()
         self.eps, self.weight, self.bias = config.eps, None, None
         self.register_buffer("energy", torch.ones(1))
-        self.hook_scale, self.hook_normalized, self.hook_out = HookPoint(), HookPoint(), HookPoint()
+        self.hook_scale, self.hook_normalized, self.hook_out = Point(), Point(), Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the scaled `x`; `hook_scale` sees the number at each position, `hook_normalized` the ratio."""

@@ -8,9 +8,10 @@ from typing import Literal
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from bilens.tensor.bilinear import BilinearTensor
+
+from .hooks import Point
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -69,9 +70,9 @@ class MLP(nn.Module):
         self.w = nn.Linear(d_model, d_hidden if config.kind in SINGLE else 2 * d_hidden, bias=config.bias[0])
         self.p = nn.Linear(d_hidden, d_model, bias=config.bias[1])
         self.gate: nn.Module | None = None  # in place of the activation, while that is being annealed
-        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+        self.hook_pre, self.hook_post = Point(), Point()
         if config.kind not in SINGLE:
-            self.hook_pre_linear = HookPoint()
+            self.hook_pre_linear = Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return what the layer adds to the residual stream."""

@@ -3,12 +3,41 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
 Text: TypeAlias = str | Sequence[str]
+Ids: TypeAlias = Tensor | np.ndarray | Sequence[Any]  # token ids of any integer type
+INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def is_text(input: Any) -> bool:
+    """Tell text, or several, from token ids."""
+    return isinstance(input, str) or (
+        isinstance(input, Sequence) and (not len(input) or any(isinstance(one, str) for one in input))
+    )
+
+
+def token_ids(input: Any, name: str = "input") -> Int[Tensor, "..."]:
+    """Return token ids of any integer type, a tensor, an array or nested lists, as the int64 tensor that they are.
+
+    Raises:
+        ValueError: Something else.
+    """
+    if not isinstance(input, Tensor):
+        try:
+            array = np.asarray([np.asarray(one) for one in input] if isinstance(input, Sequence) else input)
+        except ValueError:
+            raise ValueError(f"{name} must hold rows of as many token ids each, got rows of several lengths") from None
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be text or integer token ids, got {type(input).__name__} of {array.dtype}")
+        return torch.from_numpy(array.astype(np.int64))
+    if input.dtype not in INTEGERS:
+        raise ValueError(f"{name} must hold integer token ids, got {str(input.dtype).removeprefix('torch.')}")
+    return input.long()
 
 
 class TextInterface:
@@ -56,6 +85,11 @@ class TextInterface:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("input must hold at least one text, got an empty list")
+        for index, one in enumerate(texts):
+            if not isinstance(one, str):
+                raise ValueError(
+                    f"input must hold texts, or token ids, got {type(one).__name__} {one!r} as text {index}"
+                )
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         rows = []
@@ -81,7 +115,11 @@ class TextInterface:
         return ids.to(self.W_E.device), mask.to(self.W_E.device)
 
     def read(
-        self, input: Text | Tensor, mask: Tensor | None, prepend_bos: bool, padding_side: str = "right"
+        self,
+        input: Text | Tensor | np.ndarray | Sequence[Any],
+        mask: Tensor | None,
+        prepend_bos: bool,
+        padding_side: str = "right",
     ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"] | None]:
         """Return text or token ids as ids on the model's device, and False at padding; `None` if there is none.
 
@@ -89,11 +127,11 @@ class TextInterface:
             ValueError: A token id outside the vocabulary, more tokens than the context, no token, a mask of another
                 shape or with text.
         """
-        if not isinstance(input, Tensor):
+        if is_text(input):
             if mask is not None:
                 raise ValueError("attention_mask goes with token ids; texts are padded and masked by the model itself")
             input, mask = self.encode(input, prepend_bos, padding_side, truncate=False)
-        tokens = torch.atleast_2d(input).to(self.W_E.device)
+        tokens = torch.atleast_2d(token_ids(input)).to(self.W_E.device)
         mask = self.check_mask(mask, tokens)
         if tokens.min() < 0 or tokens.max() >= self.cfg.d_vocab:
             bad = tokens[(tokens < 0) | (tokens >= self.cfg.d_vocab)][0].item()
@@ -131,20 +169,20 @@ class TextInterface:
         """
         return self.encode(input, prepend_bos, padding_side, truncate)[0]
 
-    def to_string(self, tokens: Tensor | Sequence[int] | int, skip_special_tokens: bool = False) -> str | list[str]:
+    def to_string(self, tokens: Ids | int, skip_special_tokens: bool = False) -> str | list[str]:
         """Turn token ids into text, special tokens included unless skipped; a batch gives a list."""
-        tokens = torch.as_tensor(tokens)
+        tokens = token_ids(tokens, "tokens")
         if tokens.ndim > 1:
             return [self.to_string(row, skip_special_tokens) for row in tokens]
         return self._tokenizer.decode(torch.atleast_1d(tokens).tolist(), skip_special_tokens)
 
-    def to_str_tokens(self, input: Text | Tensor | Sequence[int], prepend_bos: bool = True) -> list:
+    def to_str_tokens(self, input: Text | Ids, prepend_bos: bool = True) -> list:
         """Show the tokens one by one; `##` marks a piece that continues a word. A list of texts gives a list."""
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos, truncate=False)[0]
-        elif len(input) and isinstance(input[0], str):
+        elif is_text(input):
             return [self.to_str_tokens(text, prepend_bos) for text in input]
-        input = torch.as_tensor(input)
+        input = token_ids(input)
         if input.ndim == 2:
             rows = [self.to_str_tokens(row) for row in input]
             return rows[0] if len(rows) == 1 else rows
@@ -166,6 +204,6 @@ class TextInterface:
         """Return the unembedding direction of each token (text or id): the residual direction that raises its logit."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
-        elif isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str):
+        elif is_text(tokens):
             tokens = [self.to_single_token(token) for token in tokens]
-        return self.W_U.T[torch.as_tensor(tokens).to(self.W_U.device)]
+        return self.W_U.T[token_ids(tokens, "tokens").to(self.W_U.device)]

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from .attention import Attention, AttentionConfig, Frame, geometry
 from .blocks import Block, StreamConfig
 from .embedding import Embed, EmbedConfig, Unembed, UnembedConfig
 from .generation import Generation
+from .hooks import Point
 from .layers import Norm, NormConfig, make_norm
 from .mlp import MLPConfig, make_mlp
-from .text import Text
+from .text import Ids, Text, token_ids
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,16 @@ class BilinearTransformer(Generation):
         self.ignored_keys: tuple[str, ...] = ()  # keys of `source` without meaning here
         self.has_bos = True
         self.embed = Embed(cfg.embed, cfg.d_vocab, cfg.d_model)
-        self.hook_embed = HookPoint()
+        self.hook_embed = Point()
         if cfg.embed.norm is not None:
-            self.ln_embed, self.hook_embed_normalized = make_norm(cfg.embed.norm, cfg.d_model), HookPoint()
+            self.ln_embed, self.hook_embed_normalized = make_norm(cfg.embed.norm, cfg.d_model), Point()
         self.blocks = nn.ModuleList(
             Block(cfg.stream, cfg.norm, Attention(cfg.attention, cfg.d_model, layer), make_mlp(cfg.mlp, cfg.d_model))
             for layer in range(cfg.n_layers)
         )
         self.ln_final = make_norm(cfg.unembed.norm or cfg.norm, cfg.d_model)
         if cfg.unembed.cap is not None:
-            self.unembed_out_before_cap = HookPoint()
+            self.unembed_out_before_cap = Point()
         before_cap = None if cfg.unembed.cap is None else self.unembed_out_before_cap
         self.unembed = Unembed(cfg.unembed, cfg.d_model, cfg.d_vocab, before_cap)
         if cfg.unembed.tied:
@@ -105,13 +105,13 @@ class BilinearTransformer(Generation):
 
     def forward(
         self,
-        input: Text | Int[Tensor, "batch seq"] | Int[Tensor, " seq"] | Float[Tensor, "batch seq d_model"],
+        input: Text | Ids | Float[Tensor, "batch seq d_model"],
         return_type: Literal["logits", "loss", "both"] | None = "logits",
         *,
         attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch seq"] | None = None,
+        tokens: Ids | None = None,
         loss_per_token: bool = False,
         prepend_bos: bool = True,
     ) -> Any:
@@ -136,6 +136,7 @@ class BilinearTransformer(Generation):
                 of a single token, no `tokens` where they are needed.
         """
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        tokens = None if tokens is None else torch.atleast_2d(token_ids(tokens, "tokens"))
         if start_at_layer is None:
             tokens, mask = self.read(input, attention_mask, prepend_bos)
             x = self.stream_start(tokens)

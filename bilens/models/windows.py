@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .text import INTEGERS
 from .transformer import BilinearTransformer
 
 # A text, texts (of a list, a column, rows with a column `text`, a stream), or windows of token ids.
 Texts: TypeAlias = str | Tensor | np.ndarray | Iterable[Any]
-INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}
 PADS = ("[PAD]", "<pad>", "<|pad|>")  # tokens that pad besides EOS
 
 
