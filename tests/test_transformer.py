@@ -432,10 +432,15 @@ def test_a_hook_sees_the_whole_sequence_at_every_step(plain, name):
     ("hooks", "expected"),
     [((), [[5, 1, 1], [5, 1, 1]]), ((("blocks.1.hook_mlp_out", lambda x, hook: None),), [[5, 1, 1], [5, 6, 7]])],
 )
-def test_only_new_tokens_run_below_the_first_hook(plain, hooks, expected):
+def test_only_new_tokens_run_below_the_first_hook(plain, hooks, expected, monkeypatch):
     widths = [[], []]
     for block, seen in zip(plain.blocks, widths, strict=True):
-        block.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].shape[1]))
+
+        def watched(x, *args, run=block.forward, seen=seen):
+            seen.append(x.shape[1])
+            return run(x, *args)
+
+        monkeypatch.setattr(block, "forward", watched)
     plain.generate(torch.tensor([[1, 5, 6, 7, 8]]), 3, stop_at_eos=False, fwd_hooks=hooks)
     assert widths == expected
 
@@ -882,13 +887,16 @@ def test_errors_name_the_argument(plain, unchecked, call, message):
         (lambda: AttentionConfig.of_width(16, 0), "n_heads must be at least 1, got 0"),
         (lambda: AttentionConfig(0, 8), "n_heads must be at least 1, got 0"),
         (lambda: AttentionConfig(2, 5), r"d_head must be even \(rotary embedding rotates pairs\), got 5"),
-        (lambda: AttentionConfig(2, 8, "cosine"), "kind must be one of softmax, bilinear for attention, got 'cosine'"),
+        (
+            lambda: AttentionConfig(2, 8, "cosine"),
+            "kind must be one of softmax, bilinear, squared, differential for attention, got 'cosine'",
+        ),
         (lambda: AttentionConfig(2, 8, window=0), "window must be at least 1 or None, got 0"),
         (lambda: AttentionConfig(4, 8, n_key_value_heads=0), "n_key_value_heads must be at least 1, got 0"),
         (lambda: AttentionConfig(4, 8, n_key_value_heads=3), "must divide n_heads=4, got n_key_value_heads=3"),
         (lambda: AttentionConfig(4, 8, "bilinear", n_key_value_heads=2), "for bilinear attention, got n_key_value_h"),
         (lambda: MLPConfig(0), "d_hidden must be at least 1, got 0"),
-        (lambda: MLPConfig(8, "cubic"), "kind must be one of bilinear, gated, plain for an MLP, got 'cubic'"),
+        (lambda: MLPConfig(8, "cubic"), "kind must be one of bilinear, squared, gated, plain for an MLP, got 'cubic'"),
         (lambda: MLPConfig(8, act="relu"), "act must be None for a bilinear MLP"),
         (lambda: MLPConfig(8, "gated"), "act must be None for a bilinear MLP"),
         (lambda: MLPConfig(8, "gated", "tanh"), "act must be one of relu, .* for a gated MLP, got 'tanh'"),
