@@ -49,8 +49,8 @@ def load(
     Args:
         name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors`, whole or in shards with an index
             (and `tokenizer.json`), or a Hub repository such as `"tdooms/ts-medium"` (the papers' ts-tiny). The config
-            tells the format: any published bilinear one, or transformers' Llama, Mistral and Qwen2. A dataset
-            repository is `"datasets/owner/name"`.
+            tells the format: any published bilinear one, the `Elriggs/*` ones, those of attention only, or
+            transformers' Llama, Mistral and Qwen2. A dataset repository is `"datasets/owner/name"`.
         revision: Branch, tag or commit of the Hub repository.
         device: Where to put the weights; the CPU if `None`.
         dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, fast on CPUs).

@@ -66,7 +66,7 @@ class BilinearConfig:
 
 
 class BilinearTransformer(Generation):
-    """A causal language model with bilinear (or gated, or plain) MLPs, rotary positions and pre-norm blocks.
+    """A causal language model with bilinear (or gated, or plain, or no) MLPs, rotary positions and pre-norm blocks.
 
     Source: 2410.08417, section 5 and appendix G; the Llama family as in transformers. The interface is
     transformer_lens': `run_with_cache`, `run_with_hooks`, `hooks`, `add_hook`, `to_tokens`, the weight properties
