@@ -17,6 +17,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from test_elriggs import FAMILIES, FLAT, SIZES, flat_shapes, gpt_shapes, random_state, write
+from tokenizers import Tokenizer
 
 import bilens
 
@@ -62,7 +64,12 @@ class Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         if url.path == "/api/models":
             return self.answer_listing(parse_qs(url.query)["author"][0])
-        repo, revision, file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path).groups()
+        tree = re.fullmatch(r"/api/((?:model|dataset)s)/([^/]+/[^/]+)/tree/([^/]+)", url.path)
+        if tree:
+            kind, repo, revision = tree.groups()
+            return self.answer_tree(f"{kind}/{repo}" if kind == "datasets" else repo, revision)
+        pattern = r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)"
+        repo, revision, file = re.fullmatch(pattern, url.path).groups()
         hub = self.server.hub
         hub.asked.append(f"{self.command} {repo} {revision} {file}")
         if repo in hub.errors or repo not in hub.repos:
@@ -97,6 +104,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"Content-Type": "text/html"}, b"<html>")
         names = [{"id": repo} for repo in self.server.hub.repos if repo.startswith(f"{author}/")]
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(names).encode())
+
+    def answer_tree(self, repo, revision):
+        files = [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in self.server.hub.repos[repo][revision].items()
+        ]
+        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(files).encode())
 
     def answer_error(self, status, code, headers=None):
         self.answer(status, {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}, b"")
@@ -380,6 +394,47 @@ def test_truncated_download_is_raised_and_the_next_load_is_bit_identical(hub, mo
         bilens.load(MODEL)
     hub.cut.clear()
     assert_same(model, bilens.load(MODEL))
+
+
+# -- repositories of torch archives -----------------------------------------------------------------------------------
+
+
+def archived(tmp_path, config, shapes):
+    """The files of a repository that has nothing but a torch archive."""
+    folder = write(tmp_path / "archived", config, random_state(shapes(config)))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_repository_of_a_torch_archive_loads_with_the_tokenizer_that_its_format_names(hub, files, tmp_path, offline):
+    config = SIZES | FAMILIES["two branches, bilinear"] | {"vocab_size": 97}
+    hub.commit("Elriggs/some", archived(tmp_path, config, gpt_shapes) | {"README.md": b"no tokenizer"})
+    hub.commit("openai-community/gpt2", {"tokenizer.json": files["tokenizer.json"]})
+    model = bilens.load("Elriggs/some")
+    assert model.to_string(model.to_tokens("the cat")[0]) == "the cat"
+    assert len(list((tmp_path / "home" / "bilens").rglob("*.safetensors"))) == 1
+    offline()
+    assert_same(model, bilens.load("Elriggs/some"))
+
+
+@pytest.mark.parametrize("name", ["datasets/some/one", "melephant/2l-bilinear-attn-normalised-v2"])
+def test_a_dataset_repository_of_checkpoints_loads(hub, files, tmp_path, name):
+    config = FLAT | {"norm_type": "tok0_batch", "use_bias_qk": True, "vocab_size": 97}
+    one = archived(tmp_path, config, flat_shapes)
+    one["config.json"] = json.dumps({"model": config, "data": {"tokenizer": "some/tokenizer"}}).encode()
+    one["checkpoints/step_00000008.pt"] = one["checkpoints/step_00000007.pt"]
+    hub.commit(f"datasets/{name.removeprefix('datasets/')}", one)
+    hub.commit("some/tokenizer", {"tokenizer.json": files["tokenizer.json"]})
+    model = bilens.load(name, checkpoint="step_00000007.pt")
+    assert model.tokenizer.to_str() == Tokenizer.from_buffer(files["tokenizer.json"]).to_str()
+    assert "one of the 2 of" in refusal(name, ValueError)
+    assert "did you mean step_00000008.pt" in refusal(name, checkpoint="step_8.pt")
+
+
+def test_token_ids_modulo_the_vocabulary_ask_for_no_tokenizer(hub, tmp_path):
+    hub.commit("Elriggs/flat", archived(tmp_path, FLAT | {"norm_type": "layernorm"}, flat_shapes))
+    model = bilens.load("Elriggs/flat")
+    with pytest.raises(ValueError, match="modulo 23"):
+        model.to_tokens("the cat")
 
 
 # -- as a user runs it ------------------------------------------------------------------------------------------------

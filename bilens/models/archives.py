@@ -6,6 +6,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import atomic_write
-from .sources import DTYPES, CheckpointError, check_finite, conversions, read_safetensors, widened
+from .sources import DTYPES, CheckpointError, Source, check_finite, conversions, read_safetensors, widened
 
+ARCHIVE = "pytorch_model.bin"
+CHECKPOINTS = "checkpoints"  # the folder of those that hold several
 logger = logging.getLogger(__name__)
 
 # What the pickle of a dict of tensors asks for; none of it runs code of the archive's.
@@ -28,6 +31,31 @@ ASKING = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", 
 RECORDS = re.compile(
     r"[^/]+/(data\.pkl|data/\d+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id)"
 )
+
+
+def find_archive(source: Source, checkpoint: str | None) -> Path | None:
+    """Return the torch archive of that name, or the only one there is; None if there is none.
+
+    Raises:
+        ValueError: No name where there are several, or one that is no file's name.
+        FileNotFoundError: No such checkpoint.
+    """
+    if checkpoint is None:
+        whole = source.optional(ARCHIVE)
+        names = [] if whole else [name for name in source.names(CHECKPOINTS) if name.endswith(".pt")]
+        if len(names) > 1:
+            some = ", ".join(names if len(names) < 9 else [*names[:4], "...", *names[-4:]])
+            raise ValueError(f"checkpoint must name one of the {len(names)} of {source.name} ({some}), got None")
+        return source.optional(f"{CHECKPOINTS}/{names[0]}") if names else whole
+    if Path(checkpoint).name != checkpoint:
+        raise ValueError(f"checkpoint must be the name of a file in {source.name}, got {checkpoint!r}")
+    found = source.optional(f"{CHECKPOINTS}/{checkpoint}") or source.optional(checkpoint)
+    if found is None:
+        names = source.names(CHECKPOINTS)
+        near = get_close_matches(checkpoint, names, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f" (it has {', '.join(names[:8]) or 'none'})"
+        raise FileNotFoundError(f"{source.name} has no checkpoint {checkpoint!r}{hint}")
+    return found
 
 
 def read_archive(path: Path, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, Path]]:
@@ -65,21 +93,21 @@ def check_archive(path: Path) -> None:
     Raises:
         CheckpointError: It is not; the message names what it holds or asks for. Nothing was unpickled.
     """
+    must = f"{path} must be a torch archive of tensors only, but"
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            odd = [entry.filename for entry in entries if not RECORDS.fullmatch(entry.filename)]
-            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-            if odd or len(pickles) != 1:
-                found = f"it holds {odd[0]}" if odd else f"it holds {len(pickles)} pickles"
-                raise CheckpointError(f"{path} must be a torch archive of tensors only, but {found}")
-            asked = list(_asked(archive.read(pickles[0])))
+            records = archive.namelist()
+            pickles = [archive.read(name) for name in records if name.endswith("/data.pkl")]
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise CheckpointError(f"{path} must be a torch archive of tensors only, but is no zip file: {error}") from error
+        raise CheckpointError(f"{must} is no zip file: {error}") from error
+    if odd := [name for name in records if not RECORDS.fullmatch(name)]:
+        raise CheckpointError(f"{must} it holds {odd[0]}")
+    if len(pickles) != 1:
+        raise CheckpointError(f"{must} it holds {len(pickles)} pickles")
+    try:
+        asked = list(_asked(pickles[0]))
     except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} must be a torch archive of tensors only, but is damaged: {error}") from error
+        raise CheckpointError(f"{must} its pickle is damaged: {error}") from error
     for name in asked:
         if tuple(name.split(" ")) not in TENSORS and not STORAGES.fullmatch(name):
             raise CheckpointError(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .archives import read_archive
+from .archives import find_archive, read_archive
 from .attention_only import AttentionOnly
 from .elriggs import Elriggs
 from .families import FAMILIES
@@ -28,8 +28,6 @@ from .transformer import BilinearConfig, BilinearTransformer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ARCHIVE = "pytorch_model.bin"
-CHECKPOINTS = "checkpoints"  # the folder of those that hold several
 
 
 def load(
@@ -52,9 +50,9 @@ def load(
     Args:
         name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors`, whole or in shards with an index
             (and `tokenizer.json`), or a Hub repository such as `"tdooms/ts-medium"` (the papers' ts-tiny). The config
-            tells the format: any published bilinear one, or that of one of transformers' families in
-            `models.families.FAMILIES`: Llama, Mistral, Qwen2 and 3, OLMo2, Gemma 2 and 3, nanochat. A dataset
-            repository is `"datasets/owner/name"`.
+            tells the format: any published bilinear one, the `Elriggs/*` ones, those of attention only, or that of one
+            of transformers' families in `models.families.FAMILIES`: Llama, Mistral, Qwen2 and 3, OLMo2, Gemma 2 and 3,
+            nanochat. A dataset repository is `"datasets/owner/name"`.
         revision: Branch, tag or commit of the Hub repository.
         device: Where to put the weights; the CPU if `None`.
         dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, fast on CPUs).
@@ -144,30 +142,10 @@ def _read(
     if checkpoint is not None and not layout.archived:
         raise ValueError(f"checkpoint must be None for {source.name}, whose format has one only, got {checkpoint!r}")
     if layout.archived and (checkpoint or not (source.optional(WEIGHTS) or source.optional(INDEX))):
-        archive = _archive(source, checkpoint)
+        archive = find_archive(source, checkpoint)
         if archive is not None:
             return read_archive(archive, dtype)
     return read_tensors(source, dtype)
-
-
-def _archive(source: Source, checkpoint: str | None) -> Path | None:
-    """Return the torch archive of that name, or the only one there is; None if there is none."""
-    if checkpoint is None:
-        whole = source.optional(ARCHIVE)
-        names = [] if whole else [name for name in source.names(CHECKPOINTS) if name.endswith(".pt")]
-        if len(names) > 1:
-            some = ", ".join(names if len(names) < 9 else [*names[:4], "...", *names[-4:]])
-            raise ValueError(f"checkpoint must name one of the {len(names)} of {source.name} ({some}), got None")
-        return source.optional(f"{CHECKPOINTS}/{names[0]}") if names else whole
-    if Path(checkpoint).name != checkpoint:
-        raise ValueError(f"checkpoint must be the name of a file in {source.name}, got {checkpoint!r}")
-    found = source.optional(f"{CHECKPOINTS}/{checkpoint}") or source.optional(checkpoint)
-    if found is None:
-        names = source.names(CHECKPOINTS)
-        near = get_close_matches(checkpoint, names, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f" (it has {', '.join(names[:8]) or 'none'})"
-        raise FileNotFoundError(f"{source.name} has no checkpoint {checkpoint!r}{hint}")
-    return found
 
 
 def _why_none(layout: Layout, config: Mapping[str, Any]) -> str:

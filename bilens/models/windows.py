@@ -204,7 +204,7 @@ def _padding_ids(model: BilinearTransformer) -> list[int]:
 
 def layer_of(hook: str) -> int:
     """Return the block that a hook point belongs to; the embedding counts as part of the first."""
-    if hook == "hook_embed":
+    if hook.startswith(("hook_embed", "ln_embed.")):
         return 0
     found = re.match(r"blocks\.(\d+)\.", hook)
     if not found:
@@ -223,7 +223,7 @@ def observe(
     """
     if isinstance(hooks, str) or not hooks:
         raise ValueError(f"hooks must be a list of hook point names, got {hooks!r}")
-    whole = any(hook.startswith("ln_final.") for hook in hooks)
+    whole = any(hook.startswith(("ln_final.", "unembed_")) for hook in hooks)
     windows = windows.to(model.W_E.device)
     _, cache = model.run_with_cache(
         windows.tokens,
