@@ -20,6 +20,8 @@ from bilens.saes.stored import SAE, sae_folder
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import Eigen, eigen
 
+from .places import check_layer
+
 SIDES = {"inp": "input", "out": "output"}
 _DECOMPOSED = 32  # output features whose eigenvectors are kept: 8 MB for width 256, 134 MB for 1024
 
@@ -56,7 +58,7 @@ class FeatureLayer:
     _decomposed: dict[int, Eigen] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        _check_layer(self.model, self.layer)
+        check_layer(self.model, self.layer)
         for side, hook in (("inp", self.hook_in), ("out", self.hook_out)):
             check_sae(self.model, getattr(self, side), hook, f"{side}, the SAE at {hook},")
             object.__setattr__(self, side, _beside(self.model.W_E, getattr(self, side)))
@@ -73,7 +75,7 @@ class FeatureLayer:
         Raises:
             ValueError: No such layer; or SAEs that were fitted elsewhere, or to a model with other weights.
         """
-        _check_layer(model, layer)
+        check_layer(model, layer)
         hooks = [f"blocks.{layer}.{name}" for name in ("hook_mlp_in", "hook_mlp_out")]
         stored = [
             FeatureCards.load(saes, hook, model) if (sae_folder(saes, hook) / FILE).exists() else None for hook in hooks
@@ -222,11 +224,6 @@ class FeatureLayer:
             sae.load_state_dict(weights)
             state = state | {side: sae}
         vars(self).update(state, _decomposed={})
-
-
-def _check_layer(model: BilinearTransformer, layer: int) -> None:
-    if not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(f"layer must lie between 0 and {model.cfg.n_layers - 1}, got {layer}")
 
 
 def _beside(weight: Tensor, sae: SAE) -> SAE:
