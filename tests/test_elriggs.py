@@ -367,9 +367,16 @@ def test_every_hook_point_of_attention_alone_is_live(flat, ids):
     model.hook_table()
 
 
-@pytest.mark.parametrize("hook", [None, "hook_embed_normalized", "blocks.0.attn.hook_v_own", "blocks.1.hook_attn_out"])
+HOOKED = [None, "hook_embed_normalized", "blocks.0.attn.hook_v_own", "blocks.1.hook_attn_out", "unembed_out_before_cap"]
+
+
+@pytest.mark.parametrize("hook", HOOKED)
 def test_generation_with_a_cache_is_generation_without(gpt_model, ids, hook):
-    hooks = [] if hook is None else [(hook, lambda x, hook: 1.3 * x)]
+    def larger(x, hook):
+        assert x.shape[:2] >= ids.shape
+        return 1.3 * x
+
+    hooks = [] if hook is None else [(hook, larger)]
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :4] = False
     made = [

@@ -531,6 +531,20 @@ def test_what_a_config_asks_for_in_vain_is_refused_by_name(folder, changes, mess
     assert message in refusal(folder)
 
 
+@pytest.mark.parametrize("name", ["olmo2", "gemma3"])
+def test_tools_that_add_up_outputs_refuse_norms_after_them(originals, name, ids):
+    model = linear(bilens.load(originals(name)[1], dtype=torch.float64))
+    for tool in (
+        lambda: bilens.circuits.sources.sources(model, ids[0], 1),
+        lambda: bilens.circuits.paths.expand(model, ids[0]),
+        lambda: bilens.circuits.virtual.virtual_tokens(model),
+        lambda: bilens.circuits.bigrams.bigram_scores(model, 1),
+        lambda: bilens.attribute(model, ids[0], 1, token=3),
+    ):
+        with pytest.raises(ValueError, match="model must have its norms before attention and MLP only"):
+            tool()
+
+
 OLDER = {  # what transformers 4 wrote
     "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     | {"sliding_window_pattern": 3},

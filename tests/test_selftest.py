@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 from families import build
+from transformer_lens.hook_points import HookPoint
 
 import bilens
 from bilens.__main__ import main
 from bilens.models.attention import Attention
+from bilens.models.blocks import Block
+from bilens.models.mlp import MLP
 from bilens.models.selftest import selftest
+from bilens.models.transformer import BilinearTransformer
 
 KINDS = {
     "bilinear": {},
@@ -65,20 +69,33 @@ def test_a_hook_that_nothing_reads_is_named(make_model, monkeypatch):
     assert "blocks.0.attn.hook_q is not read; blocks.1.attn.hook_q is not read" in found["and is read where it says"]
 
 
-def test_a_hook_that_does_not_fire_is_named(make_model, monkeypatch):
-    monkeypatch.setattr(Attention, "_project", lambda self, z: self.o(z.flatten(2)) * self.config.scale)
+def test_a_hook_that_does_not_fire_is_named(make_model):
     model = make_model()
-    with pytest.raises(KeyError):  # of the heads' sum, which there is not
-        selftest(model, generator())
+    model.blocks[1].hook_extra = HookPoint()
+    model.setup()
+    assert failed(model) == {"every hook fires": "silent: blocks.1.hook_extra"}
 
 
-def test_a_stream_with_something_added_is_found(make_model):
-    model = make_model()
-    mlp = model.blocks[1].mlp.forward
-    model.blocks[1].ln2_post.forward = lambda x: x  # a norm that is none: nothing is wrong
-    assert failed(model) == {}
-    model.blocks[1].mlp.forward = lambda x: mlp(x) + 1
-    assert set(failed(model)) == {"tensor() computes what the MLP does"}
+def test_a_stream_with_something_added_is_found(make_model, monkeypatch):
+    forward = Block.forward
+
+    def leak(self, x, frame, past=None):
+        x, past, frame = forward(self, x, frame, past)
+        return x + 1e-6, past, frame
+
+    monkeypatch.setattr(Block, "forward", leak)
+    assert set(failed(make_model())) == {"the stream is the sum of what is added"}
+
+
+def test_a_tensor_that_is_another_is_found(make_model, monkeypatch):
+    forward = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: forward(self, x) + 1)
+    assert set(failed(make_model())) == {"tensor() computes what the MLP does"}
+
+
+def test_a_mask_that_is_not_heeded_is_found(make_model, monkeypatch):
+    monkeypatch.setattr(BilinearTransformer, "check_mask", lambda self, mask, input: None)
+    assert set(failed(make_model())) == {"a padded text gives what it gives alone"}
 
 
 def test_the_command_prints_a_table_and_its_exit_code_tells(make_model, tmp_path, capsys, monkeypatch):

@@ -72,13 +72,27 @@ def locate(
 
 
 def check_layer(model: BilinearTransformer, layer: int) -> None:
-    """Make sure that a model has a layer.
+    """Make sure that a model has a layer, and that what its attention and MLP return is what they add.
 
     Raises:
-        ValueError: It has none of that number.
+        ValueError: It has none of that number, or norms that come after attention and MLP.
     """
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"layer must lie between 0 and {model.cfg.n_layers - 1}, got {layer}")
+    check_adds(model)
+
+
+def check_adds(model: BilinearTransformer) -> None:
+    """Make sure that what a model's attention and MLPs return is what they add to the residual stream.
+
+    Raises:
+        ValueError: A norm comes between (OLMo2, Gemma): then no sum of heads, and no tensor, is what is added.
+    """
+    if model.cfg.norm is not None and model.cfg.norm.place != "before":
+        raise ValueError(
+            f"model must have its norms before attention and MLP only, so that what those return is what is added to "
+            f"the residual stream, got place={model.cfg.norm.place!r}"
+        )
 
 
 def _check_whole(model: BilinearTransformer, texts: Sequence[str], windows: Windows) -> None:

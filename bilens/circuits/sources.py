@@ -12,7 +12,7 @@ from torch import Tensor
 from bilens.models.text import Text
 from bilens.models.transformer import BilinearTransformer
 
-from .places import Places, check_layer, locate
+from .places import Places, check_adds, check_layer, locate
 from .targets import Reading, Target
 from .terms import Terms, in_pieces, with_unit
 
@@ -77,6 +77,7 @@ def split_residual(
     model: BilinearTransformer, places: Places, layer: int, hooks: Sequence[str] = ()
 ) -> tuple[Sources, dict[str, Float[Tensor, "position ..."]]]:
     """Return the sources, and what `hooks` see in the same run, as `Places.observe` does."""
+    check_adds(model)
     heads = [f"blocks.{i}.attn.hook_z" for i in range(layer + 1)]
     mlps = [f"blocks.{i}.hook_mlp_out" for i in range(layer)]
     mid = f"blocks.{layer}.hook_resid_mid"

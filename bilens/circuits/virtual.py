@@ -14,7 +14,7 @@ from bilens.models.windows import observe
 from bilens.tensor.bilinear import BilinearTensor
 
 from .bigrams import checked_tokens, word
-from .places import locate
+from .places import check_adds, locate
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -101,10 +101,11 @@ def virtual_tokens(
         tokens: Ids of the tokens to take; the vocabulary if `None`.
 
     Raises:
-        ValueError: `out` of another width, a token outside the vocabulary, or attention biases, which belong to no
-            token.
+        ValueError: `out` of another width, a token outside the vocabulary, attention biases, which belong to no
+            token, or norms after attention and MLP.
         TypeError: The layer is not bilinear.
     """
+    check_adds(model)
     if any(model.cfg.attention.bias):
         raise ValueError(
             f"model must have no attention biases, which belong to no token, got {model.cfg.attention.bias}"

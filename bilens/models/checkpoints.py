@@ -50,9 +50,9 @@ def load(
     Args:
         name: `"bilens-mini"`, a folder with `config.json` and `model.safetensors`, whole or in shards with an index
             (and `tokenizer.json`), or a Hub repository such as `"tdooms/ts-medium"` (the papers' ts-tiny). The config
-            tells the format: any published bilinear one, or that of one of transformers' families in
-            `models.families.FAMILIES`: Llama, Mistral, Qwen2 and 3, OLMo2, Gemma 2 and 3, nanochat. A dataset
-            repository is `"datasets/owner/name"`.
+            tells the format: any published bilinear one, the `Elriggs/*` ones, those of attention only, or that of one
+            of transformers' families in `models.families.FAMILIES`: Llama, Mistral, Qwen2 and 3, OLMo2, Gemma 2 and 3,
+            nanochat. A dataset repository is `"datasets/owner/name"`.
         revision: Branch, tag or commit of the Hub repository.
         device: Where to put the weights; the CPU if `None`.
         dtype: Floating-point type; if `None` the stored one, half precision widened to float32 (exact, fast on CPUs).

@@ -111,7 +111,9 @@ class _Stepper:
         frame = replace(geometry(model.cfg.attention, padding, keys, keys, x), start=start, values=values)
         for block in model.blocks[self.first_hooked :]:
             x, _, frame = block(x, frame)
-        return model.unembed(model.ln_final(x)[:, -1])
+        x, cap = model.ln_final(x), model.unembed.before_cap
+        whole = cap is not None and cap.has_hooks()  # a hook sees all positions, else only the last one is needed
+        return model.unembed(x)[:, -1] if whole else model.unembed(x[:, -1])
 
     def _extend(self, new: list[Tensor | None]) -> list[Tensor | None]:
         """Put what the first hooked block reads at the new positions behind that at the old ones."""

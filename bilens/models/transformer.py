@@ -69,7 +69,7 @@ class BilinearConfig:
 
 
 class BilinearTransformer(Generation):
-    """A causal language model with bilinear (or gated, or plain) MLPs and rotary positions.
+    """A causal language model with bilinear (or gated, or plain, or no) MLPs and rotary positions.
 
     Source: 2410.08417, section 5 and appendix G; the Llama family as in transformers. The interface is
     transformer_lens': `run_with_cache`, `run_with_hooks`, `hooks`, `add_hook`, `to_tokens`, the weight properties
