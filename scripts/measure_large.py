@@ -68,7 +68,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def timed(of: Callable[[], object], times: int = 3) -> float:
+def timed(of: Callable[[], object], times: int = 2) -> float:
     """Return the least seconds of a few runs."""
     found = []
     for _ in range(times):
