@@ -67,25 +67,30 @@ class Head(NamedTuple):
     """A head of the second layer, and how much of its strongest pairs join a token with itself."""
 
     head: int
-    same: float  # of the strongest by value, mean over distances
-    same_cosine: float  # by cosine
+    same: dict[int | None, float]  # by branch, None their product; the mean over distances
+
+    @property
+    def branch(self) -> int | None:
+        """Where that is most."""
+        return max(self.same, key=self.same.__getitem__)
 
 
 def rank_heads(model: BilinearTransformer, features: Features, k: int) -> list[Head]:
     """Rank the pairs of tokens of every head of the second layer; heads with the largest share come first."""
     heads = []
     for head in range(model.cfg.n_heads):
-        shares = []
-        for cosine in (False, True):
-            found = [top_attention(model, 1, k, *features, head=head, distance=apart, cosine=cosine) for apart in APART]
-            shares.append(torch.stack([(one.left == one.right).double().mean() for one in found]).mean().item())
-        heads.append(Head(head, *shares))
-    return sorted(heads, key=lambda one: -one.same)
+        same = {}
+        for branch in (0, 1, None):
+            found = [top_attention(model, 1, k, *features, head=head, distance=apart, branch=branch) for apart in APART]
+            same[branch] = torch.stack([(one.left == one.right).double().mean() for one in found]).mean().item()
+        heads.append(Head(head, same))
+    return sorted(heads, key=lambda one: -max(one.same.values()))
 
 
-def strongest(model: BilinearTransformer, features: Features, head: int, n: int) -> tuple[Tensor, Tensor]:
+def strongest(model: BilinearTransformer, features: Features, head: Head, n: int) -> tuple[Tensor, Tensor]:
     """Return the n strongest pairs of a head at the middle distance: tokens at the query, tokens before the key."""
-    found = top_attention(model, 1, n, *features, head=head, distance=APART[len(APART) // 2])
+    middle = APART[len(APART) // 2]
+    found = top_attention(model, 1, n, *features, head=head.head, distance=middle, branch=head.branch)
     return found.left, found.right
 
 
@@ -189,15 +194,15 @@ def matched(activity: Tensor, left: Tensor, right: Tensor, draw: torch.Generator
 def edit_head(
     model: BilinearTransformer,
     features: Features,
-    head: int,
+    found: Head,
     tokens: Tensor,
     args: argparse.Namespace,
     draw: torch.Generator,
 ) -> Edits:
     """Take the strongest pairs out of a head, and matched ones."""
-    run = Running.of(model, head, tokens)
+    head, run = found.head, Running.of(model, found.head, tokens)
     before, activity = run.cost(model, head, torch.zeros(())), run.activity()
-    left, right = strongest(model, features, head, args.pairs)
+    left, right = strongest(model, features, found, args.pairs)
     own = run.removed(features, left, right)
 
     def others() -> Iterator[tuple[float, float]]:
@@ -222,10 +227,13 @@ def share_below(own: float, others: list[float]) -> str:
 
 def head_rows(found: list[Head], costs: dict[tuple[int, int], float]) -> list[str]:
     """Return a row for each head: what the weights say, what its ablation costs."""
-    shares = {one.head: f"{100 * one.same:.1f} % | {100 * one.same_cosine:.1f} %" for one in found}
-    lines = ["| head | pairs of one token, by value | by cosine | ablation costs, nats |", "|---|---|---|---|"]
+    shares = {one.head: " | ".join(f"{100 * share:.1f} %" for share in one.same.values()) for one in found}
+    lines = [
+        "| head | pairs of one token: score 1 | score 2 | product | ablation costs, nats |",
+        "|---|---|---|---|---|",
+    ]
     for layer, head in sorted(costs, key=lambda one: (-one[0], -costs[one])):
-        lines.append(f"| {layer}.{head} | {shares[head] if layer else ' | '} | {costs[layer, head]:+.3f} |")
+        lines.append(f"| {layer}.{head} | {shares[head] if layer else ' | | '} | {costs[layer, head]:+.3f} |")
     return lines
 
 
@@ -252,8 +260,8 @@ def report(args: argparse.Namespace, whole: float, heads: list[str], edits: list
             f"of repeated random tokens, where each token has been seen before: the loss there is {whole:.3f} nats.",
             "",
             f"Weights: of the {args.ranked} strongest pairs of a head of layer 1 (what a token leaves at its position, "
-            "at the query; what it leaves right after it, at the key; product of both scores; mean over distances "
-            f"{', '.join(map(str, APART))}), the share that joins a token with itself (by chance 0.4 %).",
+            "at the query; what it leaves right after it, at the key; in either score and in their product, mean over "
+            f"distances {', '.join(map(str, APART))}), the share that joins a token with itself (by chance 0.4 %).",
             "",
             *heads,
             "",
@@ -278,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     heads = [(layer, head) for layer in range(2) for head in range(model.cfg.n_heads)]
     costs = {head: loss_of(model, tokens, [without_head(*head)]) - whole for head in heads}
     print(*head_rows(found, costs), sep="\n", flush=True)
-    edits = [edit_head(model, features, one.head, tokens, args, draw) for one in found[:2]]
+    edits = [edit_head(model, features, one, tokens, args, draw) for one in found[:2]]
     text = report(args, whole, head_rows(found, costs), edit_rows(edits))
     print(text)
     if args.out is not None:
