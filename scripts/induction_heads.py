@@ -68,6 +68,7 @@ class Head(NamedTuple):
 
     head: int
     same: dict[int | None, float]  # by branch, None their product; the mean over distances
+    apart: float  # by how many standard deviations of all pairs the mean pair of one token stands out, in the product
 
     @property
     def branch(self) -> int | None:
@@ -83,15 +84,26 @@ def rank_heads(model: BilinearTransformer, features: Features, k: int) -> list[H
         for branch in (0, 1, None):
             found = [top_attention(model, 1, k, *features, head=head, distance=apart, branch=branch) for apart in APART]
             same[branch] = torch.stack([(one.left == one.right).double().mean() for one in found]).mean().item()
-        heads.append(Head(head, same))
+        heads.append(Head(head, same, stands_out(model, features, head)))
     return sorted(heads, key=lambda one: -max(one.same.values()))
 
 
-def strongest(model: BilinearTransformer, features: Features, head: Head, n: int) -> tuple[Tensor, Tensor]:
-    """Return the n strongest pairs of a head at the middle distance: tokens at the query, tokens before the key."""
-    middle = APART[len(APART) // 2]
-    found = top_attention(model, 1, n, *features, head=head.head, distance=middle, branch=head.branch)
-    return found.left, found.right
+def stands_out(model: BilinearTransformer, features: Features, head: int) -> float:
+    """Return by how much pairs of one token differ from all pairs, in standard deviations of those."""
+    attn, found = model.blocks[1].attn, []
+    for apart in APART:
+        forms = [attn.score_tensor(head, apart, branch).project(*features) for branch in (0, 1)]
+        table = forms[0].dense() * forms[1].dense()
+        found.append((table.diagonal().mean() - table.mean()) / table.std())
+    return torch.stack(found).mean().item()
+
+
+def strongest(model: BilinearTransformer, features: Features, head: Head, n: int, same: bool) -> tuple[Tensor, Tensor]:
+    """Return the n strongest pairs at the middle distance, of any tokens or of one: at the query, before the key."""
+    middle, k = APART[len(APART) // 2], len(features.here) ** 2 if same else n
+    found = top_attention(model, 1, k, *features, head=head.head, distance=middle, branch=head.branch)
+    which = ((found.left == found.right) | (not same)).nonzero()[:n, 0]
+    return found.left[which], found.right[which]
 
 
 # -- in the running model ---------------------------------------------------------------------------------------------
@@ -197,12 +209,13 @@ def edit_head(
     found: Head,
     tokens: Tensor,
     args: argparse.Namespace,
-    draw: torch.Generator,
+    one_token: bool,
 ) -> Edits:
     """Take the strongest pairs out of a head, and matched ones."""
+    draw = torch.Generator().manual_seed(args.seed)
     head, run = found.head, Running.of(model, found.head, tokens)
     before, activity = run.cost(model, head, torch.zeros(())), run.activity()
-    left, right = strongest(model, features, found, args.pairs)
+    left, right = strongest(model, features, found, args.pairs, one_token)
     own = run.removed(features, left, right)
 
     def others() -> Iterator[tuple[float, float]]:
@@ -227,13 +240,16 @@ def share_below(own: float, others: list[float]) -> str:
 
 def head_rows(found: list[Head], costs: dict[tuple[int, int], float]) -> list[str]:
     """Return a row for each head: what the weights say, what its ablation costs."""
-    shares = {one.head: " | ".join(f"{100 * share:.1f} %" for share in one.same.values()) for one in found}
+    shares = {
+        one.head: " | ".join([f"{100 * share:.1f} %" for share in one.same.values()] + [f"{one.apart:+.2f}"])
+        for one in found
+    }
     lines = [
-        "| head | pairs of one token: score 1 | score 2 | product | ablation costs, nats |",
-        "|---|---|---|---|---|",
+        "| head | pairs of one token: score 1 | score 2 | product | stand out by | ablation costs, nats |",
+        "|---|---|---|---|---|---|",
     ]
     for layer, head in sorted(costs, key=lambda one: (-one[0], -costs[one])):
-        lines.append(f"| {layer}.{head} | {shares[head] if layer else ' | | '} | {costs[layer, head]:+.3f} |")
+        lines.append(f"| {layer}.{head} | {shares[head] if layer else ' | | | '} | {costs[layer, head]:+.3f} |")
     return lines
 
 
@@ -261,7 +277,8 @@ def report(args: argparse.Namespace, whole: float, heads: list[str], edits: list
             "",
             f"Weights: of the {args.ranked} strongest pairs of a head of layer 1 (what a token leaves at its position, "
             "at the query; what it leaves right after it, at the key; in either score and in their product, mean over "
-            f"distances {', '.join(map(str, APART))}), the share that joins a token with itself (by chance 0.4 %).",
+            f"distances {', '.join(map(str, APART))}), the share that joins a token with itself (by chance 0.4 %). "
+            "Beside it: by how many standard deviations of all pairs the mean pair of one token stands out.",
             "",
             *heads,
             "",
@@ -286,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     heads = [(layer, head) for layer in range(2) for head in range(model.cfg.n_heads)]
     costs = {head: loss_of(model, tokens, [without_head(*head)]) - whole for head in heads}
     print(*head_rows(found, costs), sep="\n", flush=True)
-    edits = [edit_head(model, features, one, tokens, args, draw) for one in found[:2]]
+    edits = [edit_head(model, features, one, tokens, args, same) for one in found[:2] for same in (False, True)]
     text = report(args, whole, head_rows(found, costs), edit_rows(edits))
     print(text)
     if args.out is not None:
