@@ -42,10 +42,11 @@ def test_from_files_to_the_report(place, capsys):
     assert [str(cards_path(lens.model, sae)) for sae in (lens.inp, lens.out)] == list(kept["kept"].values())
     assert set(lens.inp_cards.labels) == {"a", "o", "t"}
     assert lens.out_cards.hook == "blocks.1.hook_mlp_out"
-    brief = ("--draws", 200, "--controls", 3, "--features", 2, "--text", text)
+    brief = ("--draws", 200, "--controls", 3, "--features", 2, "--text", text, "--resume", place / "state")
     done = run(capsys, "circuits", model, *scope, *brief, "--out", place / "report.html", "--json")
     found = json.loads(done.out)
     assert (found["layer"], len(found["findings"])) == (1, 2)
+    assert (place / "state" / "layer-1").is_dir()
     assert "32 features at each end of an MLP" in done.err
     html = (place / "report.html").read_text()
     assert all(part in html for part in ("Eigenvalues;", "Feature cards"))

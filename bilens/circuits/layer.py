@@ -22,7 +22,7 @@ from bilens.saes.wording import name_from_weights
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import Eigen, eigen
 
-from .entry import MLP_IN, Entry, first, input_hooks
+from .entry import MLP_IN, RESID_MID, Entry, first, input_hooks
 from .places import check_layer
 
 SIDES = {"inp": "input", "out": "output"}
@@ -236,7 +236,8 @@ class FeatureLayer:
         Args:
             x: What `hook_in` sees.
         """
-        return self.activations(x) * self.factor(x)
+        z = self.activations(x)
+        return z * self.factor(x) if self.scaled else z
 
     def activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch feature"]:
         """Return the activations of the input features, as their SAE gives them.
@@ -245,6 +246,11 @@ class FeatureLayer:
             x: What `hook_in` sees.
         """
         return self.inp.encode(self._seen.seen_at(self._entry, x.to(self.writers)))
+
+    @property
+    def scaled(self) -> bool:
+        """Whether `factor` is anything but 1: the input SAE stands before the norm, or normalises what it reads."""
+        return self._entry.hook.endswith(RESID_MID) or self.inp.cfg.normalize_activations != "none"
 
     def factor(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """Return what an activation is multiplied by on its way into the MLP, at each position.
