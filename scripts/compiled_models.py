@@ -5,7 +5,8 @@
 builds models from random circuits (`bilens.circuits.compiled`), writes each in the published format, loads it as any
 checkpoint, searches the layer that holds the circuit, and tests the first pair found in the running model. What is
 planted in an output feature is one motif: a block of pairs ("and"), two of opposite sign ("xor"), such with the self
-terms that they flip ("negation"), or a square ("copy"). A second or two of one core for each model; models that are in `--out` are not done again.
+terms that they flip ("negation"), or a square ("copy"). A second or two of one core for each model; models that are in
+`--out` are not done again.
 """
 
 import argparse
