@@ -14,16 +14,8 @@ settings.load_profile("bilens")
 SLOW = {  # they train models, start processes, or open a browser
     *("test_adversarial", "test_anneal_script", "test_annealing", "test_classifiers", "test_hub", "test_images"),
     *("test_llama", "test_main", "test_motifs", "test_opinions", "test_pronoun_circuit", "test_rank_layer"),
-    *(
-        "test_readme",
-        "test_report",
-        "test_reproduce_images",
-        "test_reproduce_language",
-        "test_reproduce_published",
-        "test_saes",
-        "test_toys",
-    ),
-    *("test_training", "test_tutorials"),
+    *("test_readme", "test_report", "test_reproduce_images", "test_reproduce_language", "test_saes", "test_toys"),
+    *("test_reproduce_published", "test_training", "test_tutorials"),
 }
 
 
