@@ -48,7 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=50, help=f"at a noise of {STATED}")
-    parser.add_argument("--beyond", type=int, help="models at each other level (default: as many)")
+    parser.add_argument("--beyond", type=int, help="at each other level, if not as many")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.125, 0.15, 0.2, 0.3])
     parser.add_argument(
         "--tilt", type=float, nargs="*", default=[0.25, 0.5], help=f"of the SAEs, at a noise of {STATED}"
@@ -186,7 +186,7 @@ def one_model(seed: int, noise: float, tilt: float, args: argparse.Namespace) ->
 
 
 def level(noise: float, tilt: float, args: argparse.Namespace) -> dict:
-    """Return the counts over all models at one level, with those that are in the folder; each is kept once done."""
+    """Return the counts over all models at one level, all that are in the folder too; each is kept once done."""
     options = {"each": args.each, "features": args.features, "null": args.null, "fdr": args.fdr}
     name = "-".join(f"{key}-{value:g}" for key, value in ({"noise": noise, "tilt": tilt} | options).items())
     path = args.out / f"{name}.json"
@@ -197,7 +197,6 @@ def level(noise: float, tilt: float, args: argparse.Namespace) -> dict:
         done.append(one_model(seed, noise, tilt, args))
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(done))
-    done = done[:n]
     counts = sum((Counter(one["counts"]) for one in done), Counter())
     return {"counts": counts, "trials": [one["trial"] for one in done if one["trial"]], "models": len(done)}
 
