@@ -5,8 +5,8 @@
 builds models from random circuits (`bilens.circuits.compiled`), writes each in the published format, loads it as any
 checkpoint, searches the layer that holds the circuit, and tests the first pair found in the running model. What is
 planted in an output feature is one motif: a block of pairs ("and"), two of opposite sign ("xor"), such with the self
-terms that they flip ("negation"), or a square ("copy"). About ten minutes on one core for 50 models at each of
-eight levels; models that are in `--out` are not done again.
+terms that they flip ("negation"), or a square ("copy"). A second or two of one core for each model; models that are in
+`--out` are not done again.
 """
 
 import argparse
@@ -47,7 +47,8 @@ N_FEATURES = SHAPE.expansion * SHAPE.d_model
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=int, default=50, help="for each level")
+    parser.add_argument("--models", type=int, default=50, help=f"at a noise of {STATED}")
+    parser.add_argument("--beyond", type=int, help="at each other level, if not as many")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.125, 0.15, 0.2, 0.3])
     parser.add_argument(
         "--tilt", type=float, nargs="*", default=[0.25, 0.5], help=f"of the SAEs, at a noise of {STATED}"
@@ -185,16 +186,17 @@ def one_model(seed: int, noise: float, tilt: float, args: argparse.Namespace) ->
 
 
 def level(noise: float, tilt: float, args: argparse.Namespace) -> dict:
-    """Return the counts over all models at one level, with those that are in the folder; each is kept once done."""
+    """Return the counts over all models at one level, all that are in the folder too; each is kept once done."""
     options = {"each": args.each, "features": args.features, "null": args.null, "fdr": args.fdr}
     name = "-".join(f"{key}-{value:g}" for key, value in ({"noise": noise, "tilt": tilt} | options).items())
     path = args.out / f"{name}.json"
     done = json.loads(path.read_text()) if path.exists() else []
-    for seed in range(len(done), args.models):
+    stated = (noise, tilt) == (STATED, 0)
+    n = args.models if stated or args.beyond is None else args.beyond
+    for seed in range(len(done), n):
         done.append(one_model(seed, noise, tilt, args))
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(done))
-    done = done[: args.models]
     counts = sum((Counter(one["counts"]) for one in done), Counter())
     return {"counts": counts, "trials": [one["trial"] for one in done if one["trial"]], "models": len(done)}
 
@@ -242,7 +244,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     yield "# Compiled models: what the search finds of a known circuit"
     yield ""
     yield (
-        f"{args.models} models at each level, each with {args.each} output features for each of {len(MOTIFS)} motifs "
+        f"Models at each level, each with {args.each} output features for each of {len(MOTIFS)} motifs "
         f"among {shape.expansion * shape.d_model}, between dictionaries of {shape.expansion * shape.d_model} features "
         f"in {shape.d_model} dimensions; written in the published format, loaded, and searched at a false discovery "
         f"rate of {args.fdr:g} with {args.null} null outputs, {args.features} features of each "

@@ -260,7 +260,7 @@ def test_a_revision_of_either_repository(served, files, command, tmp_path, refer
     assert end == f"reproduce.py published: {MODEL} on the Hub has no revision 'v9'"
 
 
-def test_what_the_hub_does_not_have_is_said(served, command, tmp_path, capsys):
+def test_saes_that_the_hub_does_not_have_are_rows_that_say_so(served, command, capsys):
     del served.repos[SCOPE]
     served.commit(SCOPE, {})
     end = run(command())
@@ -268,6 +268,9 @@ def test_what_the_hub_does_not_have_is_said(served, command, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"| ts-medium | circuit |  | not measured | {SCOPE} has no SAE '4-resid-mid-x4-k30'" in printed
     assert "| ts-medium | loss, nats per token (appendices G, I) | 1.337 |" in printed
+
+
+def test_a_model_that_the_hub_does_not_have_is_refused(served, command):
     del served.repos[MODEL]
     served.commit("tdooms/ts-medium-2", {})
     end = run(command())
@@ -293,7 +296,7 @@ def test_offline_from_the_cache_gives_the_same_page(served, offline, command, tm
     run(command("again"))
     assert served.asked == []
     pages = [(tmp_path / out / "page.html").read_text() for out in ("out", "again")]
-    tables = [re.sub(r"has no SAE.*?<", "<", re.sub(r"\(in the local cache[^)]*\)", "", page)) for page in pages]
+    tables = [re.sub(r"<tr>.*not measured.*</tr>", "", page) for page in pages]  # why is another matter offline
     assert tables[0] == tables[1]
 
 
