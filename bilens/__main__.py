@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tests", type=int, default=1, help="of how many the strongest pair is tested on the text")
     one.add_argument("--controls", type=int, default=20, help="matched pairs that a tested pair is compared with")
     one.add_argument("--null", nargs="+", default=["readers"], help="readers, rotation, untrained; beside them signs")
-    one.add_argument("--draws", type=int, default=1024, help="null outputs per null model")
+    one.add_argument("--draws", type=int, default=512, help="null outputs per null model")
     one.add_argument("--seed", type=int, default=0, help="of null models, controls and resampling")
     one.add_argument("--out", type=Path, help=f"where the report goes (default: {REPORT}; with --json: nowhere)")
     one.add_argument("--resume", type=Path, help="keep the ranking's state in this folder: a killed run goes on there")
@@ -337,7 +337,7 @@ def run_tests(
     return tested
 
 
-def sample_text(model: "BilinearTransformer", n: int = 48, length: int = 96) -> "torch.Tensor":
+def sample_text(model: "BilinearTransformer", n: int = 40, length: int = 80) -> "torch.Tensor":
     """Return text that the model writes itself, as token windows: data that is always there, offline."""
     import torch
 

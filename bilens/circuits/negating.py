@@ -13,6 +13,7 @@ from bilens.models.transformer import BilinearTransformer
 from .candidates import PLACES, Candidates, candidates
 from .couplings import Coupling, couple
 from .discovery import q_values
+from .groups import Group
 from .layer import FeatureLayer
 from .records import plain
 from .singles import Singles, singles
@@ -213,8 +214,8 @@ def search_negation(
     return NegationSearch(tuple(chosen), _groups(lenses, together), *pairs_found)
 
 
-def _first(group: Any, n: int) -> Any:
-    return type(group)(group.role, group.features[:n], group.weights[:n])
+def _first(group: Group, n: int) -> Group:
+    return Group(group.role, group.features[:n], group.weights[:n])
 
 
 def _carriers(lens: FeatureLayer, one: Candidates) -> dict[str, Float[Tensor, " d_model"]]:
@@ -256,12 +257,15 @@ def _groups(
     q = q_values(torch.cat([coupling.p for _, coupling in together])).tolist()
     found = []
     for (one, coupling), each in zip(together, q, strict=True):
-        names = tuple(
-            lenses[one.layer].name("inp", group.features.tolist(), group.weights.tolist())
-            for group in (one.negators, one.sentiment)
-        )
+        names = tuple(_group_name(lenses[one.layer], group) for group in (one.negators, one.sentiment))
         found.append(GroupCoupling(one.place, names, coupling, each))
     return tuple(sorted(found, key=lambda one: (one.q, -abs(one.coupling.z[0].item()))))
+
+
+def _group_name(lens: FeatureLayer, group: Group) -> str:
+    """Name a group by its strongest member: what all of them have in common is the place where they are looked at."""
+    first, *others = group.features.tolist()
+    return lens.name("inp", first) + (f" and {len(others)} more" if others else "")
 
 
 def verdict_gradients(

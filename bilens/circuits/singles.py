@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -63,7 +64,7 @@ def singles(
 
 def _share(Q: Tensor, off: Tensor, left: Group, right: Group, wanted: Tensor) -> Float[Tensor, "left right"]:
     """Return the share of all entries off the diagonal, with either sign, that are as large with the wanted sign."""
-    null = Q[off].abs().sort().values
+    null = torch.from_numpy(np.sort(Q[off].abs().cpu().numpy())).to(Q.device)  # ten times as fast as torch's
     value = Q[left.features][:, right.features] * wanted
     above = len(null) - torch.searchsorted(null, value.abs().contiguous())
     half = (1 + above).double() / (1 + len(null)) / 2  # either sign is as likely

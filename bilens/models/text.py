@@ -32,7 +32,7 @@ def token_ids(input: Any, name: str = "input") -> Int[Tensor, "..."]:
             array = np.asarray([np.asarray(one) for one in input] if isinstance(input, Sequence) else input)
         except ValueError:
             raise ValueError(f"{name} must hold rows of as many token ids each, got rows of several lengths") from None
-        if array.dtype.kind not in "iu":
+        if array.dtype.kind not in "iu" and array.size:
             raise ValueError(f"{name} must be text or integer token ids, got {type(input).__name__} of {array.dtype}")
         return torch.from_numpy(array.astype(np.int64))
     if input.dtype not in INTEGERS:
