@@ -1,5 +1,6 @@
 """Tiny models with random weights and a tiny tokenizer, shared by the tests."""
 
+import os
 import string
 
 import jaxtyping
@@ -7,6 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores; processes that tests start count too
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("bilens", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("bilens")
