@@ -6,6 +6,7 @@ A corpus is a parquet/json/text file with a column `text`, or a dataset on the H
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+from tqdm import tqdm
 
 from bilens import BilinearTransformer
 

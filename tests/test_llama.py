@@ -538,7 +538,7 @@ def test_tools_that_add_up_outputs_refuse_norms_after_them(originals, name, ids)
         lambda: bilens.circuits.sources.sources(model, ids[0], 1),
         lambda: bilens.circuits.paths.expand(model, ids[0]),
         lambda: bilens.circuits.virtual.virtual_tokens(model),
-        lambda: bilens.circuits.bigrams.bigram_scores(model, 1),
+        lambda: bilens.circuits.bigrams.bigram_scores(model, torch.tensor([1])),
         lambda: bilens.attribute(model, ids[0], 1, token=3),
     ):
         with pytest.raises(ValueError, match="model must have its norms before attention and MLP only"):

@@ -33,9 +33,14 @@ def test_the_main_job_prints_tables_and_says_where_the_report_is(main_job):
     done, folder = main_job
     assert done.returncode == 0, done.stderr
     assert "strongest feature pairs of layer 3" in done.stdout
-    assert "sentiment negation" in done.stdout
-    q = float(re.search(r"layer 3: \d+ × \d+ features, z = -\d\.\d\d, q = ([\d.e-]+)", done.stdout)[1])
-    assert q < 0.01
+    odds = [float(one) for one in re.findall(r"the movie was .*│ +([+-]\d+\.\d\d) │", done.stdout)]
+    assert [one > 0 for one in odds] == [True, False, False, True]  # good, not good, bad, not bad
+    found = re.search(r"layer 3, at the readout: \d+ × \d+ features, z = -\d\.\d\d, q = ([\d.e-]+)", done.stdout)
+    assert float(found[1]) < 0.01
+    without, whole = re.search(
+        r"without their products (\d+)% of \d+ sentences flip, with them (\d+)%", done.stdout
+    ).groups()
+    assert int(without) <= 70 < 90 <= int(whole)
     assert len(re.findall(r"[+-]\d\.\d{3}\s", done.stdout)) >= 10
     assert [path.name for path in folder.iterdir()] == ["bilens-report.html"]
     assert re.sub(r"\s", "", str(folder / "bilens-report.html")) in re.sub(r"\s", "", done.stdout)
@@ -44,9 +49,15 @@ def test_the_main_job_prints_tables_and_says_where_the_report_is(main_job):
 def test_the_report_is_self_contained(main_job):
     html = (main_job[1] / "bilens-report.html").read_text()
     assert not re.findall(r"""(?:src|href)\s*=\s*["']?https?://""", html)
-    for part in ("Eigenvalues;", "Negators × sentiment, as groups", "Feature cards", "tested by editing"):
+    for part in (
+        "Eigenvalues;",
+        "What the model does with “not”",
+        "Without them",
+        "Feature cards",
+        "tested by editing",
+    ):
         assert part in html
-    assert html.count('<div class="plot"') >= 4 * 6 + 3 + 2
+    assert html.count('<div class="plot"') >= 4 * 6 + 3 + 1
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +79,10 @@ def test_circuits_of_a_chosen_layer_as_json(few_features, tmp_path):
     brief = ("--draws", "200", "--controls", "4", "--features", "2", "--layer", "1")
     done = run(tmp_path, "circuits", "--saes", str(few_features), "--json", *brief)
     assert done.returncode == 0, done.stderr
-    assert "negation not looked for: lenses must have feature cards" in done.stderr
     found = json.loads(done.stdout)
-    assert (found["layer"], found["negation"], len(found["findings"])) == (1, None, 2)
+    assert (found["layer"], len(found["findings"])) == (1, 2)
+    odds = [row["log_odds"] for row in found["negation"]["behaviour"]]
+    assert [one > 0 for one in odds[:4]] == [True, False, False, True]
     assert {"feature", "eigenvalues", "motifs", "pairs", "pearson_active"} <= set(found["findings"][0])
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import escape
 from itertools import pairwise
 
 import pytest
@@ -254,7 +255,7 @@ def test_a_report_needs_neither_cards_nor_text_that_activates(lens, tmp_path):
     bare = circuits.FeatureLayer(lens.model, 2, lens.inp, lens.out)
     described = circuits.describe(bare, [3], ["once"])
     html = report.write_report(tmp_path / "bare.html", bare, described, note="a < b").read_text()
-    assert "Output feature 3: #3" in re.sub(r"\s+", " ", html)
+    assert f"Output feature 3: {escape(bare.name('out', 3))}" in re.sub(r"\s+", " ", html)  # from the weights
     assert "a &lt; b" in html
     assert "No motif beyond the null models." in html
     assert "The whole layer" not in html
