@@ -17,7 +17,8 @@ import bilens
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-anneal, train_language = pytest.importorskip("anneal"), pytest.importorskip("train_language")
+anneal, corpora = pytest.importorskip("anneal"), pytest.importorskip("corpora")
+train_language = pytest.importorskip("train_language")
 sys.path.remove(str(SCRIPTS))
 
 TINY = (
@@ -210,5 +211,5 @@ def test_a_model_without_bos_is_annealed_on_texts_that_one_token_parts(corpus, t
     run(tmp_path / "gated", corpus, tmp_path / "run", "--tokens", "1500")
     model = bilens.load(tmp_path / "run" / "model")
     assert (model.cfg.mlp.kind, model.has_bos, model.cfg.unembed.tied) == ("bilinear", False, True)
-    ends = train_language.Ends(1, 1)
-    assert train_language.encode(tokenizer, ["the cat"], ends)[0].tolist() == [1, 2, 3]
+    ends = corpora.Ends(1, 1)
+    assert corpora.encode(tokenizer, ["the cat"], ends)[0].tolist() == [1, 2, 3]

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import bilens
 from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig, NormConfig
+from bilens.circuits import targets
 from bilens.models.families import FULL, SLIDING
 from bilens.models.hooks import KEY_VALUE_HOOKS
 from bilens.models.ropes import read_rope, write_rope
@@ -539,7 +540,7 @@ def test_tools_that_add_up_outputs_refuse_norms_after_them(originals, name, ids)
         lambda: bilens.circuits.paths.expand(model, ids[0]),
         lambda: bilens.circuits.virtual.virtual_tokens(model),
         lambda: bilens.circuits.bigrams.bigram_scores(model, torch.tensor([1])),
-        lambda: bilens.attribute(model, ids[0], 1, token=3),
+        lambda: targets.Reading.of(model, 1, targets.Target.token(model, 3)),
     ):
         with pytest.raises(ValueError, match="model must have its norms before attention and MLP only"):
             tool()
