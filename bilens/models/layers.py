@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the root mean square, `hook_normalized` the ratio."""
-        x = self.hook_normalized(x / self.hook_scale(self.rms(x)))
+        x = self.hook_normalized(self.center(x) / self.hook_scale(self.rms(x)))
         x = x if self.weight is None else x * self.gain
         return x if self.bias is None else x + self.bias
 
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
     def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """Return what `x` is divided by, `sqrt(mean(x²) + eps)`; no hook sees it."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = self.center(x.to(torch.promote_types(x.dtype, torch.float32)))
         return (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype)
 
     def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -91,10 +91,10 @@ class RMSNorm(nn.Module):
         return gain / self.rms(x), shift
 
 
-class LayerNorm(nn.Module):
-    """Take away the mean and divide by the standard deviation, `(x - mean) / sqrt(var + eps)`; then scale and shift.
+class LayerNorm(RMSNorm):
+    """Divide what is left without the mean by its root mean square, `(x - mean) / sqrt(var + eps)`; scale and shift.
 
-    It answers as an `RMSNorm` does; `hook_out` sees what it returns.
+    `hook_out` sees what it returns.
 
     Args:
         config: Its shape.
@@ -102,45 +102,29 @@ class LayerNorm(nn.Module):
     """
 
     def __init__(self, config: NormConfig, d_model: int):
-        super().__init__()
-        self.eps = config.eps
-        self.weight = nn.Parameter(torch.ones(d_model)) if config.gain else None
-        self.bias = nn.Parameter(torch.zeros(d_model)) if config.shift else None
-        self.hook_scale, self.hook_normalized, self.hook_out = Point(), Point(), Point()
+        super().__init__(config, d_model)
+        self.hook_out = Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the normalised `x`; `hook_scale` sees the standard deviation, `hook_normalized` the ratio."""
-        x = self.hook_normalized(self.center(x) / self.hook_scale(self.rms(x)))
-        x = x if self.weight is None else x * self.weight
-        return self.hook_out(x if self.bias is None else x + self.bias)
-
-    def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
-        """Return what the centred `x` is divided by, `sqrt(var + eps)`; no hook sees it."""
-        wide = self.center(x.to(torch.promote_types(x.dtype, torch.float32)))
-        return (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype)
+        return self.hook_out(super().forward(x))
 
     def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return `x` without its mean over the residual dimensions."""
         return x - x.mean(-1, keepdim=True)
 
-    def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-        """Return gain and shift, ones and zeros where the norm has none, of the dtype and device of `like`."""
-        gain = like.new_ones(like.shape[-1]) if self.weight is None else self.weight.to(like)
-        return gain, torch.zeros_like(gain) if self.bias is None else self.bias.to(like)
-
     def linear(
         self, x: Float[Tensor, "... d_model"]
     ) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, "... d_model"]]:
         """Return factor and shift: `norm(x) = factor * x + shift`; the shift takes the mean of this `x` away."""
-        gain, shift = self.affine(x)
-        factor = gain / self.rms(x)
+        factor, shift = super().linear(x)
         return factor, shift - factor * x.mean(-1, keepdim=True)
 
 
-class ConstantNorm(nn.Module):
+class ConstantNorm(RMSNorm):
     """Divide by a number that training left behind, `x / sqrt(energy + eps)`: a linear map.
 
-    It answers as an `RMSNorm` does; `hook_out` sees what it returns.
+    `hook_out` sees what it returns.
 
     Args:
         config: Its shape.
@@ -148,31 +132,17 @@ class ConstantNorm(nn.Module):
     """
 
     def __init__(self, config: NormConfig, d_model: int):
-        super().__init__()
-        self.eps, self.weight, self.bias = config.eps, None, None
+        super().__init__(config, d_model)
         self.register_buffer("energy", torch.ones(1))
-        self.hook_scale, self.hook_normalized, self.hook_out = Point(), Point(), Point()
+        self.hook_out = Point()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Return the scaled `x`; `hook_scale` sees the number at each position, `hook_normalized` the ratio."""
-        return self.hook_out(self.hook_normalized(x / self.hook_scale(self.rms(x))))
+        return self.hook_out(super().forward(x))
 
     def rms(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """Return what `x` is divided by, the same everywhere; no hook sees it."""
         return (self.energy + self.eps).sqrt().to(x.dtype).expand(*x.shape[:-1], 1)
-
-    def center(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """Return `x` itself: nothing is taken away before the norm divides."""
-        return x
-
-    def affine(self, like: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-        """Return a gain of one and a shift of zero."""
-        return like.new_ones(like.shape[-1]), like.new_zeros(like.shape[-1])
-
-    def linear(self, x: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, " d_model"]]:
-        """Return factor and shift: `norm(x) = factor * x + shift` exactly, `factor = 1 / rms(x)`."""
-        gain, shift = self.affine(x)
-        return gain / self.rms(x), shift
 
 
 class NoNorm(nn.Module):
@@ -200,7 +170,7 @@ class NoNorm(nn.Module):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm, "constant": ConstantNorm}
-Norm: TypeAlias = RMSNorm | LayerNorm | ConstantNorm | NoNorm
+Norm: TypeAlias = RMSNorm | NoNorm
 
 
 def make_norm(config: NormConfig | None, d_model: int) -> Norm:
