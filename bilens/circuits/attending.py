@@ -20,6 +20,7 @@ from bilens.saes.stored import SAE
 from .attribution import active_features, feature_parts
 from .places import Places, check_layer, locate
 from .targets import fitting_hook
+from .terms import strongest
 
 
 class ScoreTerm(NamedTuple):
@@ -118,13 +119,7 @@ class Attending:
         Raises:
             ValueError: `k` is below 1.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        pairs = self.pairs
-        best = pairs.flatten().abs().topk(min(k, pairs.numel()))
-        best = best.indices[best.values > 0]
-        where = zip(*(index.tolist() for index in torch.unravel_index(best, pairs.shape)), strict=True)
-        return [self._term(*index, value) for index, value in zip(where, pairs.flatten()[best].tolist(), strict=True)]
+        return [self._term(*index, value) for index, value in strongest(self.pairs, k)]
 
     def _term(self, branch: int, n: int, head: int, i: int, j: int, value: float) -> ScoreTerm:
         row, query, key = (int(index[n]) for index in (self.row, self.query.position, self.key.position))

@@ -76,13 +76,7 @@ class Terms(ABC):
         Raises:
             ValueError: `k` is below 1.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        pairs = self.pairs
-        best = pairs.flatten().abs().topk(min(k, pairs.numel()))
-        best = best.indices[best.values > 0]
-        where = zip(*(index.tolist() for index in torch.unravel_index(best, pairs.shape)), strict=True)
-        return [self._term(*index, value) for index, value in zip(where, pairs.flatten()[best].tolist(), strict=True)]
+        return [self._term(*index, value) for index, value in strongest(self.pairs, k)]
 
     def _term(self, n: int, a: int, b: int, value: float) -> Term:
         (left, one), (right, other) = self.part(n, a), self.part(n, b)
@@ -96,6 +90,21 @@ class Terms(ABC):
             f"{type(self).__name__}({self.target.name} in layer {self.layer}, {len(self.table)} positions, "
             f"{self.pairs.shape[1]} parts, sum within {self.miss.max().item():.1e}{first})"
         )
+
+
+def strongest(values: Float[Tensor, "..."], k: int) -> list[tuple[list[int], float]]:
+    """Return where the k entries of largest magnitude are, and what they are, strongest first; zeros are left out.
+
+    Raises:
+        ValueError: `k` is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    flat = values.flatten()
+    best = flat.abs().topk(min(k, flat.numel()))
+    best = best.indices[best.values > 0]
+    where = torch.stack(torch.unravel_index(best, values.shape), 1).tolist()
+    return list(zip(where, flat[best].tolist(), strict=True))
 
 
 def in_pieces(x: Float[Tensor, "position ..."]) -> Sequence[Int[Tensor, " some"]]:
