@@ -101,6 +101,15 @@ def make_model(tiny_tokenizer):
 
 
 @pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty place for the Hub's cache, beside which copies are written."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
 def unchecked():
     """Errors as users meet them: without the shape checks under which the suite runs."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -9,7 +9,6 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from huggingface_hub import constants
 from test_elriggs import FAMILIES, FLAT, SIZES, flat_shapes, gpt_shapes, random_state, write
 
 import bilens
@@ -19,11 +18,7 @@ from bilens.models.archives import check_archive, read_archive
 CONFIG = SIZES | FAMILIES["two branches, bilinear"]
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """An empty place for the Hub's cache, beside which copies are written."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -41,11 +40,7 @@ SIZES = {"vocab_size": 23, "n_layer": 3, "n_head": 2, "n_embd": 16}
 FLAT = {"vocab_size": 23, "n_ctx": 32, "d_model": 16, "n_head": 2, "n_layers": 2, "attn_scale": 0.7}
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """An empty place for the Hub's cache, beside which copies are written."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture

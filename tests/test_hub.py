@@ -75,15 +75,22 @@ class Handler(BaseHTTPRequestHandler):
         pattern = r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)"
         repo, revision, file = re.fullmatch(pattern, url.path).groups()
         hub = self.server.hub
-        hub.asked.append(f"{self.command} {repo} {revision} {file}")
-        if repo in hub.errors or repo not in hub.repos:
-            return self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
-        if revision not in hub.repos[repo]:
-            return self.answer_error(404, "RevisionNotFound")
+        if self.refuses(repo, revision, file):
+            return None
         self.commit = hub.sha(repo, revision)
         if file not in hub.repos[repo][revision]:
             return self.answer_error(404, "EntryNotFound", {"X-Repo-Commit": self.commit})
         return self.answer_file(file, hub.repos[repo][revision][file])
+
+    def refuses(self, repo, revision, what):
+        """Note what is asked for; answer with an error where there is no such repository or revision."""
+        hub = self.server.hub
+        hub.asked.append(f"{self.command} {repo} {revision} {what}")
+        if missing := repo in hub.errors or repo not in hub.repos:
+            self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
+        elif missing := revision not in hub.repos[repo]:
+            self.answer_error(404, "RevisionNotFound")
+        return missing
 
     def answer_file(self, file, data):
         hub = self.server.hub
@@ -110,16 +117,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(names).encode())
 
     def answer_tree(self, repo, revision):
-        hub = self.server.hub
-        hub.asked.append(f"{self.command} {repo} {revision} tree")
-        if repo in hub.errors or repo not in hub.repos:
-            return self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
-        if revision not in hub.repos[repo]:
-            return self.answer_error(404, "RevisionNotFound")
-        files = hub.repos[repo][revision].items()
+        if self.refuses(repo, revision, "tree"):
+            return None
         listed = [
             {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for path, data in files
+            for path, data in self.server.hub.repos[repo][revision].items()
         ]
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
 
