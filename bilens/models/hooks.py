@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from threading import current_thread, get_ident
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
@@ -164,7 +165,9 @@ class Hooked(HookedRootModule):
 
     def check_thread(self) -> None:
         """Raise a RuntimeError if another thread has this model hooked."""
-        if self.hooking is not None and self.hooking != get_ident():
+        if self.hooking is None or torch.compiler.is_compiling():  # a graph is traced for any thread
+            return
+        if self.hooking != get_ident():
             raise RuntimeError(
                 f"this model is hooked by another thread (it is inside hooks, run_with_hooks or run_with_cache there), "
                 f"whose hooks would see this run: thread {current_thread().name!r} needs its own copy of the model "
