@@ -6,6 +6,7 @@ from . import blocks as blocks
 from . import checkpoints as checkpoints
 from . import elriggs as elriggs
 from . import embedding as embedding
+from . import exporting as exporting
 from . import families as families
 from . import files as files
 from . import fits as fits
@@ -17,6 +18,7 @@ from . import layouts as layouts
 from . import llama as llama
 from . import logits as logits
 from . import mlp as mlp
+from . import modelcards as modelcards
 from . import projections as projections
 from . import published as published
 from . import ropes as ropes
