@@ -398,7 +398,7 @@ def test_graphs_of_a_folder_are_listed_once_each(hard, inp, out, tmp_path):
     assert [one["slug"] for one in listed] == ["cat", "dog"]
     assert listed[1] == made["metadata"]
     (tmp_path / "graph-metadata.json").write_text('{"graphs": 3}')
-    with pytest.raises(ValueError, match="graph-metadata.json must hold a list of graphs, got 3"):
+    with pytest.raises(ValueError, match=r"graph-metadata\.json must hold a list of graphs, got 3"):
         write_graph(found, tmp_path / "cat.json")
 
 

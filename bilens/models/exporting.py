@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention import Attention, AttentionConfig
 from .embedding import UnembedConfig
-from .layers import Norm, NormConfig, NoNorm
+from .layers import NoNorm, Norm, NormConfig
 from .llama import Llama
 from .mlp import MLP, MLPConfig
 from .transformer import BilinearConfig, BilinearTransformer

@@ -103,7 +103,7 @@ def push_to_hub(
     layout: Literal["llama"] | None = None,
     private: bool = False,
 ) -> str:
-    """Put a model, its SAEs with their feature cards, and a model card on the Hub: what `publish` writes, in one commit.
+    """Put a model, its SAEs with their cards, and a model card on the Hub: what `publish` writes, in one commit.
 
     So no reader sees half of it, and what an earlier publication left (weights, tokenizer, SAEs) goes with the same
     commit; other files of the repository stay. The login is huggingface_hub's (`hf auth login`).

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bilens.models.files import atomic_write
-from bilens.models.sources import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
+from bilens.models.sources import CheckpointError, Source, read_json, read_safetensors
 
 from .arrays import ArraySAE  # noqa: F401 - SAELens must know the kind to load one
 from .listing import list_files
