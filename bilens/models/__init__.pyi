@@ -7,6 +7,7 @@ from . import cache as cache
 from . import checkpoints as checkpoints
 from . import elriggs as elriggs
 from . import embedding as embedding
+from . import exporting as exporting
 from . import families as families
 from . import files as files
 from . import fits as fits
@@ -22,6 +23,7 @@ from . import llama as llama
 from . import logits as logits
 from . import losses as losses
 from . import mlp as mlp
+from . import modelcards as modelcards
 from . import projections as projections
 from . import published as published
 from . import ropes as ropes

@@ -239,7 +239,7 @@ class FeatureCards:
         """Read the cards stored beside an SAE, by the same arguments as `bilens.saes.load`.
 
         Args:
-            name: `"bilens-mini"`, or a folder with one subfolder per hook point.
+            name: As for `load`: `"bilens-mini"`, a folder or a Hub repository.
             hook: The hook point.
             model: Owner of the tokenizer.
 
@@ -247,7 +247,7 @@ class FeatureCards:
             FileNotFoundError: No SAE, or none with cards.
             ValueError: The cards are of another model.
         """
-        return read_cards(sae_folder(name, hook) / FILE, model)
+        return read_cards(sae_folder(name, hook, (FILE,)) / FILE, model)
 
 
 def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
