@@ -15,12 +15,13 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.saes.directions import Which, check_sae, offsets, readers, reading, writes_at
 from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE
+from bilens.tensor.records import Record
 
 from .places import check_layer
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Target:
+class Target(Record):
     """A number that is read of what an MLP writes, `reader · mlp_out + offset`: an output feature's pre-activation, ...
 
     A token's is the direct path to its logit: `reader · mlp_out` over the root mean square that the final norm measures
