@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilens.models.windows import Texts
 from bilens.tensor.interactions import Interactions
+from bilens.tensor.records import Record, Rows
 
 from .discovery import Discoveries, Discovery
 from .layer import FeatureLayer
@@ -18,7 +19,7 @@ from .trial import CircuitTest
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Finding:
+class Finding(Record):
     """All that the report shows of one output feature."""
 
     feature: int
@@ -59,7 +60,7 @@ def describe(
     discoveries: Discoveries | None = None,
     tested: Sequence[CircuitTest] = (),
     n_pairs: int = 12,
-) -> list[Finding]:
+) -> Rows[Finding]:
     """Collect spectrum, strongest pairs, prediction on text, motifs and tests of some output features.
 
     Args:
@@ -72,7 +73,7 @@ def describe(
     """
     tests = {test.circuit.feature: test for test in tested}
     found = discoveries.found if discoveries is not None else ()
-    findings = []
+    findings = Rows()
     for feature, prediction in zip(features, predict_all(lens, features, texts), strict=True):
         top, motifs = lens.eigen(feature), tuple(one for one in found if one.out == feature)
         names = tuple(

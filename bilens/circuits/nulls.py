@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.records import Record
 
 from .motifs import GROUPED
 from .scoring import MOTIFS, Scoring, strongest_features
@@ -28,7 +29,7 @@ _DRAWS = 8  # at least, of each output from those
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Null:
+class Null(Record):
     """Scores of outputs of a null model, and the generalised-Pareto tail fitted to the highest tenth of them.
 
     `P(score > x) = 0.1 (1 + shape (x - threshold) / scale)^(-1/shape)` above the threshold. `scale` is NaN where no

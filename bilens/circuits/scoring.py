@@ -13,6 +13,7 @@ from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.extremes import two_strongest
 from bilens.tensor.frames import Frame
 from bilens.tensor.matrices import Matrices, frobenius, output_gram
+from bilens.tensor.records import tabular
 
 from .motifs import GROUPED
 
@@ -20,6 +21,7 @@ MOTIFS = ("outlier", *GROUPED, "copy")
 NUMBERS = 1 << 24  # held at once by the matrices of a chunk of outputs
 
 
+@tabular(rows="out")
 class Strongest(NamedTuple):
     """The features of each output with the strongest coefficients."""
 

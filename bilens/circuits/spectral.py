@@ -1,6 +1,6 @@
 """Output features of a layer by the spectra of their interaction matrices, and what a few eigenvectors predict."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from bilens.tensor.interactions import Interactions, top_interactions
 from bilens.tensor.matrices import Matrices
 from bilens.tensor.outputs import top_outputs
 from bilens.tensor.precision import screen_dtype
+from bilens.tensor.records import Record
 from bilens.tensor.statistics import pearson
 
 from .layer import FeatureLayer
@@ -28,12 +29,13 @@ _MATRICES = 128  # decomposed at a time
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Outliers:
+class Outliers(Record, rows="feature", tells=("strength", "ratio"), names={"feature": "out"}):
     """Output features of a layer, the one with the strongest spectral outliers first."""
 
     feature: Int[Tensor, " feature"]
     values: Float[Tensor, "feature 2"]  # the two eigenvalues of largest magnitude
     bulk: Float[Tensor, " feature"]  # edge of the other eigenvalues' spectrum if they were a random matrix's
+    name: Callable[[str, int], str] | None = None  # of a feature, by its side and number
 
     @property
     def strength(self) -> Float[Tensor, " feature"]:
@@ -78,23 +80,23 @@ def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength", 
     matrices = Matrices(B, len(some))
     parts = [two_strongest(matrices.of(readers)) for readers in lens.readers[some].split(_MATRICES)]
     values, others = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = Outliers(some, values, edge(others))
+    found = Outliers(some, values, edge(others), lens.name)
     order = getattr(found, by).argsort(descending=True, stable=True)[:k]
-    return Outliers(some[order], values[order], found.bulk[order])
+    return found[order]
 
 
 def pairs(lens: FeatureLayer, feature: int, k: int = 10) -> Interactions:
     """Return the strongest pairs of input features of one output feature, from the weights alone."""
     lens.check_feature("out", feature)
     found = top_interactions(lens.tensor, k, out=lens.readers[feature, None], inp=lens.writers)
-    return found._replace(out=torch.full_like(found.out, feature))
+    return found._replace(out=torch.full_like(found.out, feature), name=lens.name)
 
 
 # -- weights against the running model --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Prediction:
+class Prediction(Record, rows="position", tells=("pearson", "pearson_active", "n_active")):
     """What a few eigenvectors say an output feature does, against what it does on text."""
 
     actual: Float[Tensor, " position"]  # activation, zero where the feature is not among the k largest

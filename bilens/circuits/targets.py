@@ -15,6 +15,7 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.saes.directions import Which, check_sae, offsets, readers, reading, writes_at
 from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE
+from bilens.tensor.records import Record
 
 from .places import check_layer
 
@@ -22,7 +23,7 @@ _ROWS = 256  # whose logits are held at a time
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Target:
+class Target(Record):
     """A number that is read of what an MLP writes, `reader · mlp_out + offset`: an output feature's pre-activation, ...
 
     A token's is the direct path to its logit: `reader · mlp_out` over the root mean square that the final norm measures

@@ -1,13 +1,14 @@
 """What SAEs a folder, a Hub repository or a SAELens release holds."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bilens.models.sources import EMBEDDED, Source, read_json
+from bilens.tensor.records import Record
 
 from .directions import here
 from .listing import list_files
@@ -18,7 +19,7 @@ _HOOK = re.compile(r"blocks\.\d+\.(?:ln\d\.|attn\.|mlp\.)?hook_\w+")
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Record, tells=("layer", "point")):
     """One SAE that is stored somewhere, and what is known of it without its weights; `None` is unknown."""
 
     where: str
@@ -76,20 +77,11 @@ class Stored:
 
 
 @dataclass(frozen=True, repr=False)
-class Catalogue(Sequence[Stored]):
+class Catalogue(Record, Sequence[Stored], held="saes"):
     """The SAEs that there are, by layer and place; prints as a table."""
 
     where: str
     saes: tuple[Stored, ...]
-
-    def __len__(self) -> int:
-        return len(self.saes)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.saes[index]
-
-    def __iter__(self) -> Iterator[Stored]:
-        return iter(self.saes)
 
     def __repr__(self) -> str:
         head = ("name", "layer", "point", "kind", "expansion", "k", "tag", "size")
