@@ -14,7 +14,7 @@ from bilens.tensor.records import Record
 from .groups import Group, name_groups
 from .nulls import LEAST_FOR_TAIL, NULLS, Null, fit, null_scores
 from .records import plain
-from .scoring import MOTIFS, Scoring, Strongest
+from .scoring import MOTIFS, Ends, Scoring, Strongest
 
 
 @runtime_checkable
@@ -59,6 +59,7 @@ class Discoveries(Record, held="found"):
     nulls: tuple[Null, ...]
     fdr: float
     found: tuple[Discovery, ...]  # lowest q first, then lowest p, ties by output
+    ends: Ends | None = None  # of all outputs' spectra, for `circuits.outliers`; None where outliers were not asked for
 
     def __repr__(self) -> str:
         first = f"; first: {self.found[0].motif} in #{self.found[0].out}" if self.found else ""
@@ -161,8 +162,9 @@ def search(
     B = B.detach().without_constant()
     B = B.to(torch.promote_types(B.down.dtype, torch.float32))
     task = Scoring(B, readers.detach().to(B.down), writers.detach().to(B.down), motifs, features, group)
-    scores, chunks = zip(*task.observe(task.readers, motifs), strict=True)
+    scores, chunks, ends = zip(*task.observe(task.readers, motifs), strict=True)
     observed, strongest = torch.cat(scores), Strongest(*map(torch.cat, zip(*chunks, strict=True)))
+    ends = None if ends[0] is None else Ends(*map(torch.cat, zip(*ends, strict=True)))
     nulls = tuple(
         fit(name, motifs, null_scores(task, name, n, generator, strongest.T), len(readers), tail) for name in null
     )
@@ -175,7 +177,7 @@ def search(
         Discovery(o, motifs[m], observed[o, m].item(), p[o, m].item(), q[o, m].item(), tuple(members), name)
         for (o, m), members in zip(order, groups, strict=True)
     )
-    return Discoveries(motifs, observed, p, q, nulls, fdr, found)
+    return Discoveries(motifs, observed, p, q, nulls, fdr, found, ends)
 
 
 def q_values(p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

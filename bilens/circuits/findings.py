@@ -14,7 +14,7 @@ from bilens.tensor.records import Record, Rows
 from .discovery import Discoveries, Discovery
 from .layer import FeatureLayer
 from .records import plain
-from .spectral import Prediction, pairs, predict_all
+from .spectral import Prediction, pairs_of, predict_all
 from .trial import CircuitTest
 
 
@@ -74,7 +74,8 @@ def describe(
     tests = {test.circuit.feature: test for test in tested}
     found = discoveries.found if discoveries is not None else ()
     findings = Rows()
-    for feature, prediction in zip(features, predict_all(lens, features, texts), strict=True):
+    strongest, predicted = pairs_of(lens, features, n_pairs), predict_all(lens, features, texts)
+    for feature, among, prediction in zip(features, strongest, predicted, strict=True):
         top, motifs = lens.eigen(feature), tuple(one for one in found if one.out == feature)
         names = tuple(
             tuple(lens.name("inp", group.features.tolist(), group.weights.tolist()) for group in one.groups)
@@ -82,7 +83,7 @@ def describe(
         )
         one = Finding(
             feature, lens.name("out", feature), motifs, names, top.values, top.vectors[:2],
-            pairs(lens, feature, n_pairs), prediction, tests.get(feature),
+            among, prediction, tests.get(feature),
         )  # fmt: skip
         findings.append(one)
     return findings

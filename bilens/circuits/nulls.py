@@ -81,7 +81,7 @@ def null_scores(
         n = len(task.readers) * max(_DRAWS, math.ceil(n / len(task.readers)))
     parts = tuple(_PART.get(motif, motif) for motif in task.motifs)
     if name == "readers":
-        return torch.cat([scores for scores, _ in task.observe(directions(task, n, generator), parts)])
+        return torch.cat([scores for scores, *_ in task.observe(directions(task, n, generator), parts)])
     drawn = draws(task, name, n, generator, T)
     if name == "signs":
         return torch.cat([torch.stack([GROUPED[part](one, task.group).score for part in parts], 1) for (one,) in drawn])
