@@ -12,6 +12,13 @@ REMOTE = re.compile(r'<script[^>]*(?:src="https?:[^"]*"|type="text/x-mathjax-con
 MERMAID = re.compile(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', re.DOTALL)
 
 
+def on_config(config):
+    """List the notebooks that there are in the navigation, in the order of their numbers."""
+    notebooks = sorted(path.name for path in Path(config.docs_dir).glob("*.ipynb"))
+    config.nav = [{"Tutorials": notebooks} if entry == "Tutorials" else entry for entry in config.nav]
+    return config
+
+
 def on_files(files, config):
     """Add the pages of reference: a wing's modules in the order of its table of contents."""
     for name, content in reference().items():
@@ -31,8 +38,10 @@ def reference() -> dict[str, str]:
 
 
 def _index(pages: dict[str, str]) -> str:
-    top = ", ".join(f"[`bilens.{name}`][bilens.{module}.{name}]" for module, name in _names(PACKAGE))
-    wings = "".join(f"- [`bilens.{wing}`]({wing}.md): {_first_line(PACKAGE / wing / '__init__.py')}\n" for wing in pages)
+    top = ", ".join(f"[`bilens.{name}`][bilens.{module}.{name}]" for module, name in names_of(PACKAGE))
+    wings = "".join(
+        f"- [`bilens.{wing}`]({wing}.md): {_first_line(PACKAGE / wing / '__init__.py')}\n" for wing in pages
+    )
     return f"# Reference\n\nGenerated from the docstrings. At the top level: {top}.\n\n{wings}"
 
 
@@ -40,13 +49,13 @@ def _wing(wing: str) -> str:
     folder = PACKAGE / wing
     parts = [f"# bilens.{wing}\n\n{_first_line(folder / '__init__.py')}\n"]
     rooms = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    if names := _names(folder):
+    if names := names_of(folder):
         linked = ", ".join(f"[`{name}`][bilens.{wing}.{module}.{name}]" for module, name in names)
         parts.append(f"Names of the wing itself: {linked}.\n")
     return "\n".join(parts + [f"::: bilens.{wing}.{room}\n" for room in rooms])
 
 
-def _names(folder: Path) -> list[tuple[str, str]]:
+def names_of(folder: Path) -> list[tuple[str, str]]:
     """Return module and name of what a table of contents lists beside modules."""
     tree = ast.parse((folder / "__init__.pyi").read_text())
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]

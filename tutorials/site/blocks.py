@@ -18,7 +18,7 @@ from unittest import mock
 
 from bilens.__main__ import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?")
 SLOW_COMMANDS = ("circuits", "cards", "check")
@@ -98,7 +98,11 @@ def run_bilens(args):
 
 def parse_script(words):
     path = ROOT / words[0]
-    with refused(), mock.patch.object(sys, "argv", words), mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+    with (
+        refused(),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+    ):
         runpy.run_path(str(path), run_name="__main__")
 
 
