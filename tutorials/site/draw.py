@@ -22,6 +22,7 @@ from bilens.report.figures import NEGATIVE, POSITIVE
 SOURCE = Path(__file__).parents[1]
 IMAGE = re.compile(r"```(?:\n*```text\n.*?```)?\n+!\[[^\]]*\]\(([^)]+\.svg)\)", re.DOTALL)
 CHROMIUM = "/usr/bin/chromium"
+SLOW = 300_000  # milliseconds
 SHOTS = {"report.png": "#negation", "report-circuit.png": "#finding-4"}
 NEGATOR, WORDS, VERDICTS = 7, (151, 388), (417, 197)  # features of layer 3, as `bilens` names them
 
@@ -39,6 +40,7 @@ def main() -> None:
             (SOURCE / "figures" / "negation.svg").write_text(negation())
             photograph(browser.new_page(viewport={"width": 900, "height": 900}), args.report.resolve())
         canvas = browser.new_page()
+        canvas.set_default_timeout(SLOW)
         canvas.set_content("<div id=figure></div>")
         canvas.add_script_tag(content=get_plotlyjs())
         os.chdir(folder)
@@ -75,6 +77,7 @@ def write(canvas: Page, figure, path: Path) -> None:
 
 def photograph(page: Page, report: Path) -> None:
     """Take the pictures of a report."""
+    page.set_default_timeout(SLOW)
     page.goto(report.as_uri())
     for name, where in SHOTS.items():
         page.locator(where).screenshot(path=SOURCE / "figures" / name)

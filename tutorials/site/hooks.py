@@ -27,7 +27,7 @@ def on_files(files, config):
 
 
 def on_page_content(html, page, config, files):
-    """Take out of notebooks what would load scripts from the network: formulas and diagrams, of which there are none."""
+    """Take out of notebooks what would load scripts from the network, for formulas and diagrams: there are none."""
     return MERMAID.sub("", REMOTE.sub("", html)) if page.file.src_uri.endswith(".ipynb") else html
 
 
