@@ -21,7 +21,8 @@ SLOW = {  # they train models, start processes, or open a browser
     *("test_elriggs", "test_families", "test_hub", "test_images", "test_induction_heads", "test_kinds"),
     *("test_llama", "test_main", "test_motifs", "test_opinions", "test_pronoun_circuit", "test_rank_layer"),
     *("test_readme", "test_report", "test_reproduce_images", "test_reproduce_language"),
-    *("test_reproduce_published", "test_saes", "test_selftest", "test_toys", "test_training", "test_tutorials"),
+    *("test_reproduce_published", "test_saes", "test_selftest", "test_site", "test_toys", "test_training"),
+    "test_tutorials",
 }
 
 
