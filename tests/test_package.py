@@ -31,7 +31,7 @@ HOMES = {  # third parties that stay in one place
         "images.classifiers",
     },
     "sae_lens": {"saes.arrays", "saes.stored", "saes.fitting"},
-    "huggingface_hub": {"models.sources", "saes.listing"},
+    "huggingface_hub": {"models.sources", "models.modelcards", "saes.listing", "saes.publishing"},
     "plotly": {
         "report.figures",
         "report.plots",

@@ -11,6 +11,9 @@ from bilens import Facts, saes
 from bilens.circuits import FeatureLayer
 from bilens.models.files import fingerprint
 
+# the client's own way of sending a large file
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
+
 REPO, TEXTS = "me/tiny", ["the big dog sat on the mat", "a cat ran and a dog saw the cat", "once upon a time"]
 HOOKS = ("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out")
 FACTS = Facts(licence="mit", data=["roneneldan/TinyStories", "a few sentences"], losses={"stories": 1.25})

@@ -133,15 +133,13 @@ def _in_stream(cfg: BilinearConfig) -> Iterator[str]:
 def _in_norms(model: BilinearTransformer) -> Iterator[str]:
     cfg = model.cfg
     last = cfg.unembed.norm or cfg.norm
-    for name, norm in {"norm": cfg.norm, "unembed.norm": last}.items():
+    for name, norm in {"norm": cfg.norm, "unembed.norm": cfg.unembed.norm}.items():
         if norm is not None and norm.kind != "rms":
             yield f"{name}.kind must be 'rms', got {norm.kind!r}"
     if cfg.norm is not None and cfg.norm.place != "before":
         yield f"norm.place must be 'before', got {cfg.norm.place!r}"
     if (last and last.eps) != (cfg.norm and cfg.norm.eps):
         yield f"unembed.norm must have the eps of norm, as a Llama has one, got {last} and {cfg.norm}"
-    if not last and cfg.norm is None:
-        return
     if model.ln_final.affine(model.W_E)[1].any():
         yield "ln_final.bias must be zero, as a Llama's logits have no bias (norm.shift)"
 
