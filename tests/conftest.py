@@ -38,6 +38,7 @@ SLOW = {  # they train models, start processes, or open a browser
     ),
     *("test_readme", "test_report", "test_reproduce_images", "test_reproduce_language"),
     *("test_reproduce_published", "test_saes", "test_selftest", "test_toys", "test_training", "test_tutorials"),
+    *("test_exporting", "test_publishing"),
 }
 
 
