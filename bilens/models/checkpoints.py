@@ -101,6 +101,7 @@ def load(
     settings = layout.override(config, overrides or {})
     tensors = layout.prepare(_read(source, layout, checkpoint, dtype), settings)
     model = _build(layout, settings, tensors, config_file)
+    model.name = str(name)
     model.source, model.ignored_keys = config, tuple(sorted(set(config) - layout.known))
     beside = source.extra(GENERATION)
     model.generation = read_json(beside) if beside else {}

@@ -84,7 +84,7 @@ class BilinearTransformer(LensNames, Generation):
         self.cfg, self.tokenizer, self.source = cfg, tokenizer, dict(source or {})
         self.generation: dict[str, Any] = {}  # `generation_config.json` the model came with
         self.ignored_keys: tuple[str, ...] = ()  # keys of `source` without meaning here
-        self.has_bos = True
+        self.has_bos, self.name = True, ""  # what it was loaded by
         self.embed = Embed(cfg.embed, cfg.d_vocab, cfg.d_model)
         self.hook_embed = Point()
         if cfg.embed.norm is not None:

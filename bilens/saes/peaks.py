@@ -12,6 +12,7 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, observed
 
 from .directions import hook_of
+from .scaling import check_scheme
 
 if TYPE_CHECKING:
     from .stored import SAE
@@ -140,6 +141,7 @@ def contexts(
         batch: Windows at a time.
     """
     hook = hook_of(sae, hook)
+    check_scheme(sae, f"the SAE at {hook}")
     found = ContextTally.empty(sae.cfg.d_sae, n)
     for _, some, seen in observed(model, Windows.of(model, dataset), [hook], batch):
         found.add(some, sae.encode(seen[hook].to(sae.W_dec)))
