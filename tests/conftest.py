@@ -78,6 +78,7 @@ FLAT = {  # what a test says of a part in a word, and the part's own field
     "unembed": {"tied": "tied"},
 }
 NORMS = {"rms": {}, "rms_gain": {"gain": True}, "rms_gain_shift": {"gain": True, "shift": True}}
+NORMS |= {"layer": {"gain": True, "shift": True, "kind": "layer"}}
 
 
 def tiny_config(**overrides):

@@ -27,7 +27,8 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 ROOMS = [module for module in MODULES if "." in module and not module.endswith("__init__")]
 HOMES = {  # third parties that stay in one place
     "transformer_lens": {
-        *(f"models.{room}" for room in ("attention", "blocks", "embedding", "hooks", "layers", "mlp", "transformer")),
+        *(f"models.{room}" for room in ("attention", "blocks", "cache", "embedding", "hooks", "layers")),
+        *(f"models.{room}" for room in ("lensnames", "mlp", "transformer")),
         "images.classifiers",
     },
     "sae_lens": {"saes.arrays", "saes.stored", "saes.fitting"},

@@ -119,5 +119,7 @@ def test_what_cannot_be_published_is_refused_before_anything_is_sent(hub, make_m
 
 def test_an_sae_that_the_hub_does_not_have_is_said(hub, model, dictionaries):
     bilens.push_to_hub(model, REPO, saes=dictionaries[:1])
-    with pytest.raises(FileNotFoundError, match=rf"{REPO} has no SAE for 'blocks.0.hook_mlp_in'; it has {HOOKS[0]}"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{REPO} has no SAE for 'blocks.0.hook_mlp_in'; it has 1, .*{HOOKS[0]}"
+    ):
         saes.load(REPO, "blocks.0.hook_mlp_in")

@@ -129,6 +129,7 @@ class ImageClassifier(Hooked):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch classes"]:
         """Return the logits of images, given as rows of pixels or as `[.., height, width]`."""
+        self.check_thread()
         h = self.hook_embed(self.embed(self.hook_image(self.rows(x))))
         for block in self.blocks:
             h = block(h)

@@ -3,6 +3,7 @@ from . import archives as archives
 from . import attention as attention
 from . import attention_only as attention_only
 from . import blocks as blocks
+from . import cache as cache
 from . import checkpoints as checkpoints
 from . import elriggs as elriggs
 from . import embedding as embedding
@@ -10,13 +11,17 @@ from . import exporting as exporting
 from . import families as families
 from . import files as files
 from . import fits as fits
+from . import folding as folding
 from . import gates as gates
 from . import generation as generation
 from . import hooks as hooks
 from . import layers as layers
 from . import layouts as layouts
+from . import lensconfig as lensconfig
+from . import lensnames as lensnames
 from . import llama as llama
 from . import logits as logits
+from . import losses as losses
 from . import mlp as mlp
 from . import modelcards as modelcards
 from . import projections as projections

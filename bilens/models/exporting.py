@@ -1,5 +1,6 @@
 """A model as a Llama: the same function in the weights and words that transformers' own classes have."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def as_llama(model: BilinearTransformer) -> BilinearTransformer:
     for layer, block in enumerate(model.blocks):
         state |= {f"blocks.{layer}.{name}": weight for name, weight in _block(block, cfg)}
     made.load_state_dict({name: weight.detach() for name, weight in state.items()}, assign=True)
-    made.has_bos, made.without_tokenizer = model.has_bos, model.without_tokenizer
+    made.has_bos, made.without_tokenizer, made.generation = model.has_bos, model.without_tokenizer, model.generation
     return made.train(model.training)
 
 
@@ -68,34 +68,29 @@ def special_ids(model: BilinearTransformer) -> dict[str, int | None]:
     """Return the keys of a config that say which tokens start a text, end it and pad it; None of a model of ids."""
     eos = None if model.tokenizer is None else model.eos_id
     bos = model.bos_id if model.tokenizer is not None and model.has_bos else None
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
 
 
-def starting_with_bos(model: BilinearTransformer) -> Tokenizer | None:
-    """Return the tokenizer, made to start a text as `model.to_tokens` does, for those who ask only the tokenizer."""
+def starting_with_bos(model: BilinearTransformer) -> Any:
+    """Return the tokenizer, made to start a text as `model.to_tokens` does, for those who ask only the tokenizer.
+
+    None of a model of ids.
+    """
     if model.tokenizer is None:
         return None
-    tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.model_max_length = model.cfg.n_ctx
     start = [model.bos_id] if model.has_bos else []
-    bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     if full != start + bare:
-        names = [tokenizer.id_to_token(index) for index in start]
-        tokenizer.post_processor = TemplateProcessing(
+        for key in ("add_bos_token", "add_eos_token"):  # by which transformers would make the template anew
+            tokenizer.init_kwargs.pop(key, None)
+        names = tokenizer.convert_ids_to_tokens(start)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=[*names, "$A"], pair=[*names, "$A", "$B:1"], special_tokens=list(zip(names, start, strict=True))
         )
     return tokenizer
-
-
-def tokenizer_config(model: BilinearTransformer) -> dict[str, Any]:
-    """Return the `tokenizer_config.json` by which transformers' `AutoTokenizer` reads the `tokenizer.json`."""
-    ids = special_ids(model)
-    named = {name.removesuffix("_id"): i if i is None else model.tokenizer.id_to_token(i) for name, i in ids.items()}
-    named["unk_token"] = getattr(model.tokenizer.model, "unk_token", None)
-    return named | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.cfg.n_ctx,
-        "clean_up_tokenization_spaces": False,
-    }
 
 
 # -- what stands in the way -------------------------------------------------------------------------------------------
