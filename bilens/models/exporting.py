@@ -36,9 +36,11 @@ def as_llama(model: BilinearTransformer) -> BilinearTransformer:
 
     A bilinear MLP is a Llama's with the activation `"linear"`, a plain one has an up projection of zeros with bias one.
     Attention's scale goes into `o`, another scale of the scores and a reversed rotation into `q` and `k`, shifts of
-    norms into the biases behind them (2410.08417, appendix on folding), scale and norm of the embeddings into the
-    embedding. A norm that is not there becomes one with eps 2^60 and gain 2^30, which changes no bit of float32. Every
-    stream between blocks, and every hook point but those behind a shift, keeps its values up to rounding.
+    norms into the biases behind them, scale and norm of the embeddings into the embedding. A norm that is not there
+    becomes one with eps 2^60 and gain 2^30, which changes no bit of float32. Every stream between blocks, and what
+    attention and MLP write to it, keep their values up to rounding.
+
+    Source: transformers' `LlamaForCausalLM`; the folding follows from linearity, `W (g x + s) + b = W g x + (W s + b)`.
 
     Returns:
         A new model that shares what it can; the model itself if it is a Llama already.
@@ -57,7 +59,8 @@ def as_llama(model: BilinearTransformer) -> BilinearTransformer:
     for layer, block in enumerate(model.blocks):
         state |= {f"blocks.{layer}.{name}": weight for name, weight in _block(block, cfg)}
     made.load_state_dict({name: weight.detach() for name, weight in state.items()}, assign=True)
-    made.has_bos, made.without_tokenizer, made.generation = model.has_bos, model.without_tokenizer, model.generation
+    made.has_bos, made.generation = model.has_bos, dict(model.generation)
+    made.without_tokenizer = model.without_tokenizer
     return made.train(model.training)
 
 
