@@ -20,7 +20,7 @@ from .mlp import MLP, MLPConfig
 from .transformer import BilinearConfig, BilinearTransformer
 
 # Where a model has no norms: x · 2^-30 · 2^30 is x to the bit, as long as mean(x²) vanishes beside eps (below 2^36 in
-# float32, 2^7 in float64); half precision in 16 bits of which 5 are exponent would lose it.
+# float32, 2^7 in float64). float16 cannot hold such a gain, and `save` refuses it as not finite.
 NORMLESS_EPS = 2.0**60
 
 
