@@ -271,7 +271,7 @@ def test_an_sae_by_place_and_hook_point_or_name(tmp_path, sae):
     saes.save(sae, tmp_path / "b" / "first")
     assert torch.equal(saes.load(tmp_path / "b", OUT).W_dec, sae.W_dec)
     saes.save(sae, tmp_path / "b" / "second")
-    with pytest.raises(ValueError, match="hook must name one of the SAEs that read .*: first, second"):
+    with pytest.raises(ValueError, match=r"hook must name one of the SAEs that read .*: first, second"):
         saes.load(tmp_path / "b", OUT)
     assert torch.equal(saes.load(tmp_path / "b", "second").W_dec, sae.W_dec)
     with pytest.raises(FileNotFoundError, match=r"has no SAE for 'blocks\.0\.hook_mlp_out'; it has 2, the nearest: .*"):

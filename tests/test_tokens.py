@@ -161,9 +161,7 @@ def test_what_is_no_tokenizer_is_refused(make_model):
 
 
 def test_importing_loads_no_transformers():
-    code = (
-        "import sys, bilens; print([m for m in ('transformers', 'transformer_lens', 'sae_lens') if m in sys.modules])"
-    )
+    code = "import sys, bilens; print([m for m in ('transformers', 'transformer_lens') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert run.stdout.strip() == "[]"
 
