@@ -60,7 +60,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer_tree(f"{kind}/{repo}" if kind == "datasets" else repo, revision)
         pattern = r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)"
         named = re.fullmatch(pattern, url.path)
-        assert named, f"the server has no answer to {self.command} {self.path}"
+        if named is None:  # what else the client wants to know
+            return self.answer_error(404, "EntryNotFound")
         repo, revision, file = named.groups()
         hub = self.server.hub
         if self.refuses(repo, revision, file):

@@ -63,7 +63,8 @@ def test_model_and_its_own_tokenizer_load_from_the_hub(hub, model, files):
     assert_same(model, loaded)
     assert loaded.tokenizer.backend_tokenizer.to_str() == model.tokenizer.backend_tokenizer.to_str()
     got = {line.split()[-1] for line in hub.asked}
-    assert got == {"config.json", "model.safetensors", "tokenizer.json"}  # no code and no pickle was asked for
+    assert got >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not [file for file in got if not file.endswith((".json", ".safetensors", ".jinja"))]  # no code, no pickle
 
 
 @pytest.mark.parametrize(
