@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import inspect
-import subprocess
 import sys
 import types
 import typing
@@ -11,15 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from bilens.circuits import attending, attribution, compiled, findings, paths, places, sources, spectral, terms, traces
-from bilens.images.sets import ImageSet
-from bilens.report import plots
-from bilens.saes.cards import FeatureCards
-from bilens.tensor.interactions import Interactions
-from bilens.tensor.records import Record, Rows, tabular
+from bilens.tensor.records import Record
 from bilens.tensor.tables import Tabular
 
 WINGS = ("tensor", "models", "saes", "circuits", "images")
