@@ -173,7 +173,7 @@ def test_a_share_that_cannot_be_is_refused(shares, message):
 
 def test_the_token_after_verdict_counts_by_its_weight(trained):
     model = bilens.load(trained)
-    ids = model.tokenizer.encode(train_language.VERDICT, add_special_tokens=False).ids
+    ids = model.token_rows([train_language.VERDICT])[0]
     batch = torch.tensor([[ENDS.bos, 5, *ids, 7, 9], [*ids, 6, ENDS.eos, ENDS.bos, 8]])
     where = train_language.follows(batch, ids)
     assert where.nonzero().tolist() == [[0, 2 + len(ids)], [1, len(ids)]]

@@ -22,6 +22,7 @@ class Marked:
     roles: tuple[str, ...]
     values: Float[Tensor, "group token"]  # sum over the group's features
     strongest: Int[Tensor, "group token"]  # the most active of them
+    spelt: tuple[str, ...] = ()  # the tokens as they stand in the text, with spaces
 
 
 @torch.no_grad()
@@ -44,6 +45,8 @@ def mark(lens: FeatureLayer, text: str, groups: Sequence[Group]) -> Marked:
     strongest = [
         group.features.to(part.device)[part.argmax(1)].cpu() for group, part in zip(groups, parts, strict=True)
     ]
-    tokens = tuple(map(lens.model.tokenizer.id_to_token, windows.tokens[windows.counts].tolist()))
+    ids = windows.tokens[windows.counts].tolist()
+    tokens, spelt = tuple(lens.model.labels(ids)), tuple(lens.model.spellings(ids))
     roles = tuple(group.role for group in groups)
-    return Marked(lens.layer, tokens, roles, torch.stack([part.sum(1).cpu() for part in parts]), torch.stack(strongest))
+    values = torch.stack([part.sum(1).cpu() for part in parts])
+    return Marked(lens.layer, tokens, roles, values, torch.stack(strongest), spelt)

@@ -65,9 +65,8 @@ def locate(
         _check_whole(model, [text] if isinstance(text, str) else text, windows)
     row, where = (windows.counts if position is None else _at(position, windows.attend)).nonzero(as_tuple=True)
     kept = [one[mask] for one, mask in zip(windows.tokens, windows.attend, strict=True)]
-    named = model.tokenizer is not None
-    words = tuple(tuple(model.to_str_tokens(one) if named else map(str, one.tolist())) for one in kept)
-    texts = tuple(model.to_string(one) if named else " ".join(map(str, one.tolist())) for one in kept)
+    words = tuple(tuple(model.labels(one.tolist())) for one in kept)
+    texts = tuple(model.text_of(one.tolist()) for one in kept)
     return Places(windows, row, where, words, texts)
 
 

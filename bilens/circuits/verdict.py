@@ -116,12 +116,11 @@ class Asked:
             raise ValueError(f"statements must be a list of texts, got {statements!r}")
         if words is not None and len(words) != len(statements):
             raise ValueError(f"words must be one for each of {len(statements)} statements, got {len(words)}")
-        tokenizer = model.tokenizer
-        prompt = tokenizer.encode(readout.prompt, add_special_tokens=False).ids
+        (prompt,) = model.token_rows([readout.prompt])
         first = int(model.has_bos)
         room = model.cfg.n_ctx - first - len(prompt)
         rows, where = [], []
-        for index, encoding in enumerate(tokenizer.encode_batch(list(statements), add_special_tokens=False)):
+        for index, encoding in enumerate(model.encodings(statements)):
             kept = encoding.ids[-room:]
             rows.append([model.bos_id] * first + kept + prompt)
             at = None if words is None else _last_token(encoding, statements[index], words[index])
@@ -210,7 +209,7 @@ def behaviour(
 ) -> Behaviour:
     """Ask a model for its verdicts."""
     logits = verdict_logits(model, Asked.of(model, statements, readout))
-    words = tuple(map(model.tokenizer.id_to_token, logits.argmax(-1).tolist()))
+    words = tuple(model.labels(logits.argmax(-1).tolist()))
     return Behaviour(tuple(statements), log_odds(model, logits, readout), words)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from .archives import find_archive, read_archive
@@ -23,11 +22,23 @@ from .layouts import Layout
 from .llama import Llama
 from .published import Published
 from .rotary import Rope
-from .sources import DTYPES, EMBEDDED, CheckpointError, Source, check_finite, read_json, read_tensors, read_tokenizer
+from .sources import (
+    DTYPES,
+    EMBEDDED,
+    CheckpointError,
+    Source,
+    check_finite,
+    read_json,
+    read_tensors,
+    read_tokenizer,
+    stored_tokenizer,
+)
+from .tokenization import TOKENIZER_FILES, StoredTokenizer, save_tokenizer
 from .transformer import BilinearConfig, BilinearTransformer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 
 
 def load(
@@ -90,28 +101,32 @@ def load(
     settings = layout.override(config, overrides or {})
     tensors = layout.prepare(_read(source, layout, checkpoint, dtype), settings)
     model = _build(layout, settings, tensors, config_file)
+    model.name = str(name)
     model.source, model.ignored_keys = config, tuple(sorted(set(config) - layout.known))
-    model.tokenizer = _find_tokenizer(source, layout, config, tokenizer)
-    if model.tokenizer is None:
+    beside = source.extra(GENERATION)
+    model.generation = read_json(beside) if beside else {}
+    stored = _find_tokenizer(source, layout, config, tokenizer, model.generation)
+    if stored is None:
         model.without_tokenizer = _why_none(layout, config)
-    if model.tokenizer is not None:
-        n_tokens = 1 + max(model.tokenizer.get_vocab().values(), default=-1)
+    else:
+        n_tokens = 1 + max(stored.backend.get_vocab().values(), default=-1)
         if n_tokens > model.cfg.d_vocab:
             raise CheckpointError(
                 f"the tokenizer of {name} has {n_tokens} tokens, the embedding only {model.cfg.d_vocab} rows: they do "
                 f"not belong together"
             )
-        model.has_bos = layout.has_bos(model.tokenizer)
+        model.tokenizer, model.has_bos = stored, layout.has_bos(stored)
     return model.to(device).eval() if device is not None else model.eval()
 
 
 def save(model: BilinearTransformer, folder: str | os.PathLike[str]) -> None:
-    """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, `tokenizer.json`.
+    """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, its tokenizer.
 
     The format is the one the model came from, unknown config keys included; a new model gets the newest that can
     express it. In the Llama family's, a bilinear MLP is `hidden_act: "linear"`, which transformers loads and runs.
-    Loading it again is bit-identical. Each file is replaced atomically, nothing outside `folder` is touched; the
-    `tokenizer.json` of an earlier model goes if this one has none.
+    Loading it again is bit-identical. The tokenizer's files are those that transformers' `AutoTokenizer` reads. Each
+    file is replaced atomically, nothing outside `folder` is touched; what an earlier model had and this one has not,
+    tokenizer or `generation_config.json`, goes.
 
     Args:
         model: The model.
@@ -129,10 +144,12 @@ def save(model: BilinearTransformer, folder: str | os.PathLike[str]) -> None:
         written = {name: stack.enter_context(atomic_write(folder / name)) for name in ("config.json", WEIGHTS)}
         written["config.json"].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(state, written[WEIGHTS], {"format": "pt"})
-        if model.tokenizer is not None:
-            model.tokenizer.save(str(stack.enter_context(atomic_write(folder / "tokenizer.json"))))
-    if model.tokenizer is None:
-        (folder / "tokenizer.json").unlink(missing_ok=True)
+        if model.generation:
+            beside = stack.enter_context(atomic_write(folder / GENERATION))
+            beside.write_text(json.dumps(dict(model.generation), indent=2, sort_keys=True) + "\n")
+        tokenizer = set() if model.tokenizer is None else save_tokenizer(model.tokenizer, folder, stack)
+    for name in {*TOKENIZER_FILES, GENERATION} - tokenizer - ({GENERATION} if model.generation else set()):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _read(
@@ -158,21 +175,30 @@ def _why_none(layout: Layout, config: Mapping[str, Any]) -> str:
 
 
 def _find_tokenizer(
-    source: Source, layout: Layout, config: Mapping[str, Any], given: str | os.PathLike[str] | None
-) -> Tokenizer | None:
+    source: Source,
+    layout: Layout,
+    config: Mapping[str, Any],
+    given: str | os.PathLike[str] | None,
+    generation: Mapping[str, Any],
+) -> StoredTokenizer | None:
     """Return the tokenizer asked for, else the checkpoint's own, else (on the Hub) the one that its config names."""
+    configs = (generation, config)
     if given is not None:
-        path = Path(given)
-        return read_tokenizer(path if path.is_file() else Source.find(given, None).file("tokenizer.json"))
-    own = source.optional("tokenizer.json")
-    if own is not None:
-        return read_tokenizer(own)
-    if source.folder is not None or layout.undecodable(config) is not None:
-        return None
+        path = Path(given).expanduser()
+        if path.is_file() and path.name != "tokenizer.json":
+            return StoredTokenizer(read_tokenizer(path))
+        place = Source(str(path), path.parent, None) if path.is_file() else Source.find(given, None)
+        place.file("tokenizer.json")  # raises if there is none
+        return stored_tokenizer(place, *configs)
+    own = stored_tokenizer(source, *configs)
+    if own is not None or source.folder is not None or layout.undecodable(config) is not None:
+        return own
     named = layout.tokenizer(config)
     if named is not None:
         try:
-            return read_tokenizer(Source(named, None, None).file("tokenizer.json"))
+            place = Source(named, None, None)
+            place.file("tokenizer.json")
+            return stored_tokenizer(place, *configs)
         except FileNotFoundError as error:
             reason = str(error)
     else:

@@ -80,7 +80,7 @@ class FeatureCards:
         """
         if not 0 <= feature < len(self):
             raise IndexError(f"feature must lie between 0 and {len(self) - 1} ({self.hook}), got {feature}")
-        words = map(self.model.tokenizer.id_to_token, self.tokens[feature].tolist())
+        words = self.model.labels(self.tokens[feature].tolist())
         effects = dict(zip(words, self.effects[feature].tolist(), strict=True))
         n = int((self.contexts.tokens[feature, :, self.contexts.peak] >= 0).sum())
         return Card(
@@ -185,7 +185,7 @@ class FeatureCards:
         Raises:
             ValueError: None of the words is a token, or no feature is near them.
         """
-        ids = [i for word in words if (i := self.model.tokenizer.token_to_id(word)) is not None]
+        ids = self.model.tokens_of(words)
         if not ids:
             raise ValueError(f"words must hold a token of the model, got {list(words)}")
         peak = self.contexts.peak

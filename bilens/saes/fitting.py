@@ -21,7 +21,7 @@ from bilens.models.files import atomic_write, fingerprint
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, observed
 
-from .stored import load, save
+from .stored import load, save, unit_rows
 
 
 class ActivationStream:
@@ -233,10 +233,9 @@ def _start_at_the_mean(trainer: MultiSAETrainer, sample: Mapping[str, Tensor]) -
 def _finish(trained: TopKTrainingSAE, model: BilinearTransformer, hook: str, settings: dict[str, Any]) -> TopKSAE:
     """Turn a trained SAE into an inference one with unit decoder rows."""
     trained.fold_W_dec_norm()
-    metadata = SAEMetadata(
-        hook_name=hook, context_size=model.cfg.n_ctx, prepend_bos=True, settings=settings, model_name="bilens"
-    )
+    about = {"context_size": model.cfg.n_ctx, "prepend_bos": True, "model_name": model.name or "bilens"}
+    metadata = SAEMetadata(hook_name=hook, settings=settings, **about)
     cfg = TopKSAEConfig(d_in=trained.cfg.d_in, d_sae=trained.cfg.d_sae, k=trained.cfg.k, metadata=metadata)
     sae = TopKSAE(cfg).to(trained.W_dec.device)
     sae.load_state_dict({name: weight.detach().clone() for name, weight in trained.state_dict().items()})
-    return sae.eval()
+    return unit_rows(sae).eval()

@@ -276,11 +276,10 @@ class Roles:
 
 def _vocabulary(model: BilinearTransformer) -> list[tuple[str, bool]]:
     """Return each token's lower-case text, and whether it goes on with a word: WordPiece, or marks of a space."""
-    tokens = [model.tokenizer.id_to_token(i) or "" for i in range(model.cfg.d_vocab)]
-    marker = next((mark for mark in "Ġ▁" if f"{mark}the" in tokens), None)
-    if marker is None:
+    tokens = model.labels(range(model.cfg.d_vocab))
+    if " the" not in tokens:
         return [(token.removeprefix("##").lower(), token.startswith("##") and token != "##") for token in tokens]
-    return [(token.removeprefix(marker).lower(), token[:1].isalpha() and token[:1] != marker) for token in tokens]
+    return [(token.removeprefix(" ").lower(), token[:1].isalpha()) for token in tokens]
 
 
 def names_of(texts: Iterable[str], least: int = 3, odds: float = 4.0) -> frozenset[str]:
