@@ -25,5 +25,6 @@ from . import schedules as schedules
 from . import selftest as selftest
 from . import sources as sources
 from . import text as text
+from . import texts as texts
 from . import transformer as transformer
 from . import windows as windows
