@@ -1,7 +1,6 @@
 """The command line: circuits of a layer, attribution of a prompt, features and their cards, checks of a model."""
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -506,13 +505,11 @@ def read_rows(name: str) -> Iterable[dict[str, Any]]:
     """
     import datasets
 
-    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
-    suffix = Path(name).suffix
-    if Path(name).is_file() or suffix in kinds:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"no such file: {name}")
-        with contextlib.redirect_stdout(sys.stderr):
-            return datasets.load_dataset(kinds.get(suffix, "text"), data_files=name, split="train", streaming=True)
+    from .models.texts import READERS, stream_of
+
+    path = Path(name).expanduser()
+    if path.is_file() or path.suffix in READERS:
+        return stream_of(path)
     repository, _, split = name.partition(":")
     return datasets.load_dataset(repository, split=split or "train", streaming=True)
 

@@ -226,9 +226,9 @@ def test_errors_name_the_argument(model, fitted, rows, found, tmp_path):
         collect(model, fitted, rows, text="body")
     with pytest.raises(ValueError, match="got texts without columns"):
         collect(model, fitted, ["the cat"], label="kind")
-    with pytest.raises(ValueError, match=r"dataset must hold texts, got float 0\.5 in row 1"):
+    with pytest.raises(ValueError, match=r"dataset must hold strings, got float 0\.5 as text 1"):
         collect(model, fitted, [{"text": "the"}, {"text": 0.5}])
-    with pytest.raises(ValueError, match=r"dataset must hold texts, got list \['the'\] in row 0"):
+    with pytest.raises(ValueError, match=r"dataset must hold strings, got list \['the'\] as text 0"):
         collect(model, fitted, [["the"]])
     with pytest.raises(ValueError, match="saes must hold at least one SAE"):
         collect(model, {}, rows)

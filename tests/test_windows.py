@@ -181,7 +181,7 @@ def test_errors_name_what_it_was(model, make_model):
     refused([{"text": "the"}, {"text": 7}], "got int 7 as text 1")
     refused(["the", b"cat"], "got bytes b'cat' as text 1")
     refused([{"text": "the"}, {"body": "the"}], "must have a column 'text', got 'body' in row 1")
-    refused({"text": ["the"]}, "got dict")
+    refused({"body": ["the"]}, "must have a column 'text', got a mapping of 'body'")
     refused(7, "got int")
     refused(b"the cat", "got bytes")
     refused("the", "length must lie between 2 and 32", length=1)

@@ -34,6 +34,7 @@ from . import selftest as selftest
 from . import sources as sources
 from . import splicing as splicing
 from . import text as text
+from . import texts as texts
 from . import tokenization as tokenization
 from . import transformer as transformer
 from . import windows as windows

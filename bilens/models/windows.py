@@ -1,9 +1,9 @@
 """Text as windows of tokens, and what a model's hook points see of them: the one reader of activations."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .text import token_ids
+from .texts import Texts as Texts
+from .texts import rows_of, text_of
 from .transformer import BilinearTransformer
-
-# A text, texts (of a list, a column, rows with a column `text`, a stream), or windows of token ids.
-Texts: TypeAlias = str | Tensor | np.ndarray | Iterable[Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,15 +38,18 @@ class Windows:
 
         Args:
             model: Owner of the tokenizer.
-            texts: A text; texts, or rows with a column `text`, of any iterable such as a `datasets.Dataset`; or windows
-                of token ids: integers of any width, as a tensor, an array or lists, one window or several.
+            texts: A text; texts, or rows with a column `text`, of whatever `texts.rows_of` reads: lists, streams,
+                `datasets` datasets, data frames, files by their `pathlib.Path`; or windows of token ids: integers of
+                any width, as a tensor, an array or lists, one window or several.
             length: Tokens per window of text, BOS included; at most, and by default, the model's context.
 
         Raises:
             ValueError: No text at all; something that is not a text, by its number; texts for a model without a
                 tokenizer; a length out of range; token ids that are outside the vocabulary or exceed the context.
         """
-        rows = _rows(texts)
+        rows = list(rows_of(texts))
+        if not rows:
+            raise ValueError("texts must hold at least one text or window of token ids, got none")
         first = next((row for row in rows if row is not None), None)
         if isinstance(first, int | np.integer):  # one window
             rows, first = [rows], rows
@@ -86,18 +88,6 @@ class Windows:
             raise ValueError(f"n must be at least 1 window at a time, got {n}")
         for rows in self.widths.argsort(descending=True, stable=True).split(n):
             yield rows, self[rows].trim()
-
-
-def _rows(texts: Texts) -> list[Any]:
-    """Return the texts, or the windows, one by one."""
-    if isinstance(texts, str):
-        return [texts]
-    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
-        raise ValueError(f"texts must be texts or windows of token ids, got {type(texts).__name__}")
-    rows = list(torch.atleast_2d(texts) if isinstance(texts, Tensor) else texts)
-    if not rows:
-        raise ValueError("texts must hold at least one text or window of token ids, got none")
-    return rows
 
 
 def _of_ids(model: BilinearTransformer, rows: Sequence[Any], length: int | None) -> Windows:
@@ -143,7 +133,7 @@ def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | Non
     length = model.cfg.n_ctx if length is None else length
     if not first < length <= model.cfg.n_ctx:
         raise ValueError(f"length must lie between {first + 1} and {model.cfg.n_ctx} (n_ctx), got {length}")
-    texts = [_text(row, index) for index, row in enumerate(rows)]
+    texts = [text_of(row, index) or "" for index, row in enumerate(rows)]
     start, step = [model.bos_id] if model.has_bos else [], length - first
     pieces, of = [], []
     for index, ids in enumerate(model.token_rows(texts)):
@@ -163,17 +153,6 @@ def holds_text(model: BilinearTransformer, text: str) -> bool:
     """Tell whether a text has a token, so that `Windows.of` finds a window in it."""
     first, ids = int(model.has_bos), model.token_rows([text])[0]
     return bool(ids[first:] if first and ids[:1] == [model.bos_id] else ids)
-
-
-def _text(row: Any, index: int) -> str:
-    """Read a text, or the one in the column `text` of a row; empty if it is None."""
-    if isinstance(row, Mapping):
-        if "text" not in row:
-            raise ValueError(f"texts must have a column 'text', got {', '.join(map(repr, row))} in row {index}")
-        row = row["text"]
-    if row is not None and not isinstance(row, str):
-        raise ValueError(f"texts must hold strings, got {type(row).__name__} {row!r} as text {index}")
-    return row or ""
 
 
 def _pad(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bilens.models.texts import Texts, list_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows
 
@@ -282,7 +283,7 @@ def _vocabulary(model: BilinearTransformer) -> list[tuple[str, bool]]:
     return [(token.removeprefix(" ").lower(), token[:1].isalpha()) for token in tokens]
 
 
-def names_of(texts: Iterable[str], least: int = 3, odds: float = 4.0) -> frozenset[str]:
+def names_of(texts: Texts, least: int = 3, odds: float = 4.0) -> frozenset[str]:
     """Return the words, in lower case, that texts write with a capital within sentences.
 
     Args:
@@ -291,7 +292,7 @@ def names_of(texts: Iterable[str], least: int = 3, odds: float = 4.0) -> frozens
         odds: How much more often than without a capital.
     """
     capital, small = Counter(), Counter()
-    for text in texts:
+    for text in list_of(texts):
         capital.update(word.lower() for word in re.findall(r"(?<=[a-z,;] )[A-Z][a-z]+\b", text))
         small.update(re.findall(r"\b[a-z]+\b", text))
     return frozenset(word for word, n in capital.items() if n >= least and n > odds * small[word])
