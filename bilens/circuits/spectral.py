@@ -67,8 +67,8 @@ def outliers(
     `2 sqrt(Σ_{i>2} λ_i² / (n-2))` that the other eigenvalues would have as a random symmetric matrix (Wigner), so it
     finds features whose two outliers stand out whatever their scale. What biases add is linear or constant, no
     interaction, and left out. Cost: the ends of one `d_model × d_model` spectrum per feature; for the k
-    strongest, where low precision is fast, only of those that `bilens.top_outputs` cannot exclude. A search of the layer
-    has found the same ends: nothing is decomposed where it is given.
+    strongest, where low precision is fast, only of those that `bilens.top_outputs` cannot exclude. A search of the
+    layer has found the same ends: nothing is decomposed where it is given.
 
     Args:
         lens: The layer.

@@ -160,8 +160,8 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
         stands for it. Values are float64 for float64 inputs, else float32.
 
     Raises:
-        ValueError: `k`, `per_output` or `features` below 1, a basis of another width, NaN or infinite weights, `memory` too small,
-            a process group that cannot hold the tensors, or a checkpoint of another search.
+        ValueError: `k`, `per_output` or `features` below 1, a basis of another width, NaN or infinite weights,
+            `memory` too small, a process group that cannot hold the tensors, or a checkpoint of another search.
         RuntimeError: The device's products are less exact than the bound grants them.
 
     Cost: per output feature `n_in² · inp` floating-point operations in the screening dtype (half of each symmetric
