@@ -20,8 +20,9 @@ from plotly.offline import get_plotlyjs
 from bilens.report.figures import NEGATIVE, POSITIVE
 
 SOURCE = Path(__file__).parents[1]
-IMAGE = re.compile(r"```(?:\n*```text\n.*?```)?\n+!\[[^\]]*\]\(([^)]+\.svg)\)", re.DOTALL)
+IMAGE = re.compile(r"```(?:\n*```text\n[^`]*```)?\n+!\[[^\]]*\]\(([^)]+\.svg)\)")
 CHROMIUM = "/usr/bin/chromium"
+TALL = 760  # pixels of a report's section that are shown
 SLOW = 300_000  # milliseconds
 SHOTS = {"report.png": "#negation", "report-circuit.png": "#finding-4"}
 NEGATOR, WORDS, VERDICTS = 7, (151, 388), (417, 197)  # features of layer 3, as `bilens` names them
@@ -38,7 +39,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         if args.report is not None:
             (SOURCE / "figures" / "negation.svg").write_text(negation())
-            photograph(browser.new_page(viewport={"width": 900, "height": 900}), args.report.resolve())
+            photograph(browser.new_page(viewport={"width": 1120, "height": 900}), args.report.resolve())
         canvas = browser.new_page()
         canvas.set_default_timeout(SLOW)
         canvas.set_content("<div id=figure></div>")
@@ -80,7 +81,9 @@ def photograph(page: Page, report: Path) -> None:
     page.set_default_timeout(SLOW)
     page.goto(report.as_uri())
     for name, where in SHOTS.items():
-        page.locator(where).screenshot(path=SOURCE / "figures" / name)
+        box = page.locator(where).bounding_box()
+        clip = {"x": box["x"], "y": box["y"], "width": box["width"], "height": min(box["height"], TALL)}
+        page.screenshot(path=SOURCE / "figures" / name, full_page=True, clip=clip)
 
 
 def negation() -> str:
