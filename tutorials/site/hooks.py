@@ -29,7 +29,7 @@ def on_files(files, config):
 
 
 def on_page_content(html, page, config, files):
-    """Take out of notebooks what the network would be asked for: scripts of formulas and diagrams, pictures of badges."""
+    """Take out of notebooks what the network would be asked for: scripts for formulas and diagrams, badges."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
     return PICTURE.sub(lambda picture: picture[1] or "", MERMAID.sub("", REMOTE.sub("", html)))
