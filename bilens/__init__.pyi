@@ -14,9 +14,12 @@ from .models.embedding import EmbedConfig as EmbedConfig
 from .models.embedding import UnembedConfig as UnembedConfig
 from .models.layers import NormConfig as NormConfig
 from .models.mlp import MLPConfig as MLPConfig
+from .models.modelcards import Facts as Facts
 from .models.sources import CheckpointError as CheckpointError
 from .models.transformer import BilinearConfig as BilinearConfig
 from .models.transformer import BilinearTransformer as BilinearTransformer
+from .saes.publishing import publish as publish
+from .saes.publishing import push_to_hub as push_to_hub
 from .tensor.bilinear import BilinearTensor as BilinearTensor
 from .tensor.comparison import frobenius_similarity as frobenius_similarity
 from .tensor.comparison import gaussian_inner as gaussian_inner

@@ -158,7 +158,7 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     with console.status("sampling text from the model ..."):
         dataset = sample_text(model) if texts is None else texts
     with console.status("ranking output features by their spectra ..."):
-        ranking = circuits.outliers(lens, k=max(args.features, SHOWN))
+        ranking = circuits.outliers(lens, k=max(args.features, SHOWN), found=found)
     chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
     tested = run_tests(args, console, lens, found, chosen, dataset, generator)
     with console.status("testing predictions on text ..."):

@@ -16,6 +16,7 @@ from corpora import Ends, encode, held_out_rows, is_held_out, read_corpus
 from torch import Tensor
 
 import bilens
+from bilens.models.logits import logit_directions
 from bilens.tensor.statistics import pearson
 
 BATCH = 32
@@ -99,7 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     difference = (x[seen.sign > 0].mean(0) - x[seen.sign < 0].mean(0)) / 2
     directions = torch.stack((x.mean(0), difference))
 
-    u = model.W_U[:, test.words[0]] - model.W_U[:, test.words[1]]
+    one, other = logit_directions(model, test.words)
+    u = one - other
     Q = model.blocks[test.layer].mlp.tensor().project(inp=directions).matrix(u)
     print(f"mean × difference {2 * Q[0, 1]:.3f}, difference × difference {Q[1, 1]:.3f}, mean × mean {Q[0, 0]:.3f}")
     before = test.margins()

@@ -14,6 +14,7 @@ from torch import Tensor
 import bilens
 from bilens import circuits, saes
 from bilens.circuits.layer import FeatureLayer
+from bilens.models.logits import logit_directions
 from bilens.models.windows import observed
 from bilens.tensor.statistics import pearson
 
@@ -114,7 +115,8 @@ def landmarks(subject: Subject, lens: FeatureLayer, vectors: Tensor) -> dict[str
     ids = {word: model.tokenizer.token_to_id(word) for word in ("not", "bad", "good")}
     if None in ids.values():
         return points
-    points["bad - good"] = model.W_U[:, ids["bad"]] - model.W_U[:, ids["good"]]
+    bad, good = logit_directions(model, [ids["bad"], ids["good"]])
+    points["bad - good"] = bad - good
     tokens = torch.tensor([[model.bos_id, ids["not"]]], device=model.W_U.device)
     _, cache = model.run_with_cache(tokens, names_filter=[lens.hook_entering])
     points["[BOS] not"] = cache[lens.hook_entering][0, 1]

@@ -62,6 +62,7 @@ FLAT = {  # what a test says of a part in a word, and the part's own field
     "unembed": {"tied": "tied"},
 }
 NORMS = {"rms": {}, "rms_gain": {"gain": True}, "rms_gain_shift": {"gain": True, "shift": True}}
+NORMS |= {"layer": {"gain": True, "shift": True, "kind": "layer"}}
 
 
 def tiny_config(**overrides):
@@ -116,3 +117,28 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running server that the real client takes for the Hub, with an empty cache for the client."""
+    from hub_server import serving
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        # The client reads its environment variables at import: these are what HF_ENDPOINT, HF_HOME, ... set.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Call it to go offline, as HF_HUB_OFFLINE=1 does."""
+    from huggingface_hub import constants
+
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -379,6 +379,29 @@ def test_the_graph_keeps_to_the_published_schema(hard, inp, out, tmp_path, kind)
     assert [node["feature_type"] for node in made["nodes"]].count("logit") == (7 if kind == "token" else 0)
 
 
+def test_a_token_has_the_probability_that_the_model_gives_it(hard, inp, out, tmp_path):
+    made, _ = drawn(hard, inp, tmp_path, targets(hard, out)["token"])
+    logits = [node for node in made["nodes"] if node["feature_type"] == "logit"]
+    with torch.no_grad():
+        chance = hard(TEXTS[0])[0].double().softmax(-1)
+    for node in logits:
+        expected = chance[node["ctx_idx"], node["feature"]].item()
+        assert node["token_prob"] == pytest.approx(expected, rel=1e-9)
+        assert node["clerp"] == f'Output "{hard.tokenizer.id_to_token(node["feature"])}" (p={expected:.3f})'
+
+
+def test_graphs_of_a_folder_are_listed_once_each(hard, inp, out, tmp_path):
+    made, found = drawn(hard, inp, tmp_path, targets(hard, out)["direction"])
+    for name in ("cat", "dog"):
+        write_graph(found, tmp_path / f"{name}.json")
+    listed = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
+    assert [one["slug"] for one in listed] == ["cat", "dog"]
+    assert listed[1] == made["metadata"]
+    (tmp_path / "graph-metadata.json").write_text('{"graphs": 3}')
+    with pytest.raises(ValueError, match=r"graph-metadata\.json must hold a list of graphs, got 3"):
+        write_graph(found, tmp_path / "cat.json")
+
+
 def test_what_goes_into_a_node_of_the_graph_is_its_value(hard, inp, out, tmp_path):
     made, found = drawn(hard, inp, tmp_path, {"feature": 7, "out": out})
     into = {node["node_id"]: 0.0 for node in made["nodes"]}
@@ -388,7 +411,7 @@ def test_what_goes_into_a_node_of_the_graph_is_its_value(hard, inp, out, tmp_pat
         n, kind = node["ctx_idx"] - 1, node["feature_type"]
         if node["layer"] == "7":
             assert into[node["node_id"]] == pytest.approx(found.total[n].item())
-        elif kind == "feature pair" and "rest" not in node["node_id"]:
+        elif kind == "feature pair" and node["feature"] >= 0:
             out_weight = [link["weight"] for link in made["links"] if link["source"] == node["node_id"]]
             assert out_weight == [pytest.approx(into[node["node_id"]])] == [pytest.approx(node["activation"])]
         elif kind == "cross layer transcoder":

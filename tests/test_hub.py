@@ -1,22 +1,15 @@
 """Loading from the Hub: the real client against a small server on this machine that speaks the Hub's file endpoints."""
 
-import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlparse
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
 from test_circuits import random_sae
 from test_elriggs import FAMILIES, FLAT, SIZES, flat_shapes, gpt_shapes, random_state, write
 from test_loading_saes import write_scope
@@ -27,140 +20,6 @@ from bilens import saes
 from bilens.circuits import FeatureLayer
 
 MODEL = "tdooms/ts-tiny-test"
-
-
-@dataclass
-class Hub:
-    """What the server serves, how it misbehaves, and what it was asked for."""
-
-    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # repository, revision, file
-    drop_once: set[str] = field(default_factory=set)  # files whose first download breaks off halfway
-    cut: set[str] = field(default_factory=set)  # files of which only the first half is sent
-    errors: dict[str, tuple[int, str]] = field(default_factory=dict)  # repositories that answer with an error
-    listing_breaks: bool = False  # answer with a page that is no listing, as a login portal does
-    push_after: dict[str, Callable[[], object]] = field(default_factory=dict)  # what happens after a file is sent
-    asked: list[str] = field(default_factory=list)  # "GET owner/name revision file"
-    url: str = ""
-
-    def commit(self, repo: str, files: dict[str, bytes], *revisions: str) -> str:
-        """Add a state of a repository under a new commit hash, which is returned, and as the named revisions."""
-        sha = hashlib.sha1(repr((repo, sorted(files.items()))).encode()).hexdigest()
-        for revision in (sha, *(revisions or ("main",))):
-            self.repos.setdefault(repo, {})[revision] = files
-        return sha
-
-    def sha(self, repo: str, revision: str) -> str:
-        """Return the commit hash of a revision."""
-        states = self.repos[repo]
-        return next(sha for sha in states if len(sha) == 40 and states[sha] is states[revision])
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        url = urlparse(self.path)
-        if url.path == "/api/models":
-            return self.answer_listing(parse_qs(url.query)["author"][0])
-        tree = re.fullmatch(r"/api/((?:model|dataset)s)/([^/]+/[^/]+)/tree/([^/]+)", url.path)
-        if tree:
-            kind, repo, revision = tree.groups()
-            return self.answer_tree(f"{kind}/{repo}" if kind == "datasets" else repo, revision)
-        pattern = r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)"
-        repo, revision, file = re.fullmatch(pattern, url.path).groups()
-        hub = self.server.hub
-        if self.refuses(repo, revision, file):
-            return None
-        self.commit = hub.sha(repo, revision)
-        if file not in hub.repos[repo][revision]:
-            return self.answer_error(404, "EntryNotFound", {"X-Repo-Commit": self.commit})
-        return self.answer_file(file, hub.repos[repo][revision][file])
-
-    def refuses(self, repo, revision, what):
-        """Note what is asked for; answer with an error where there is no such repository or revision."""
-        hub = self.server.hub
-        hub.asked.append(f"{self.command} {repo} {revision} {what}")
-        if missing := repo in hub.errors or repo not in hub.repos:
-            self.answer_error(*hub.errors.get(repo, (404, "RepoNotFound")))
-        elif missing := revision not in hub.repos[repo]:
-            self.answer_error(404, "RevisionNotFound")
-        return missing
-
-    def answer_file(self, file, data):
-        hub = self.server.hub
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": self.commit}
-        if self.command == "GET" and file in hub.cut:
-            return self.answer(200, headers, data[: len(data) // 2])
-        drop = self.command == "GET" and file in hub.drop_once
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if wanted and not drop:
-            start = int(wanted[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.answer(206, headers, data[start:])
-        if drop:
-            hub.drop_once.remove(file)
-            self.answer(200, headers, data, sent=len(data) // 2)
-            self.close_connection = True
-            return None
-        return self.answer(200, headers, data)
-
-    def answer_listing(self, author):
-        if self.server.hub.listing_breaks:
-            return self.answer(200, {"Content-Type": "text/html"}, b"<html>")
-        names = [{"id": repo} for repo in self.server.hub.repos if repo.startswith(f"{author}/")]
-        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(names).encode())
-
-    def answer_tree(self, repo, revision):
-        if self.refuses(repo, revision, "tree"):
-            return None
-        listed = [
-            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for path, data in self.server.hub.repos[repo][revision].items()
-        ]
-        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
-
-    def answer_error(self, status, code, headers=None):
-        self.answer(status, {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}, b"")
-
-    def answer(self, status, headers, data, sent=None):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data[:sent])
-            self.server.hub.push_after.pop(self.path.split("/")[-1], lambda: None)()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A running server, with an empty cache for the client."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hub = Hub(url=f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    # The client reads its environment variables at import: these are what HF_ENDPOINT and HF_HOME set.
-    monkeypatch.setattr(constants, "ENDPOINT", server.hub.url)
-    template = server.hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server.hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """Call it to go offline, as HF_HUB_OFFLINE=1 does."""
-    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -265,7 +265,7 @@ def test_a_layer_with_biases_has_the_interactions_of_the_one_without():
 def draws(name, layer):
     B, readers, D = layer
     task = scoring.Scoring(B, readers, D, ("and",), 16, 4)
-    T = torch.cat([found.T for _, found in task.observe(readers, ("and",))])
+    T = torch.cat([found.T for _, found, _ in task.observe(readers, ("and",))])
     return next(iter(nulls.draws(task, name, 20, seeded(), T))), T
 
 

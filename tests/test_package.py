@@ -22,18 +22,21 @@ MAY_IMPORT = {  # the wings that a wing stands on
     "images": {"tensor", "models"},
     "report": {"tensor", "models", "saes", "circuits", "images"},
 }
+UPWARD = ("tensor.records", "report.plots")  # the one door: a record's `plot()` opens the wing on top when called
 TABLES = ["bilens", *(f"bilens.{wing}" for wing in WINGS)]
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
 ROOMS = [module for module in MODULES if "." in module and not module.endswith("__init__")]
 HOMES = {  # third parties that stay in one place
     "transformer_lens": {
-        *(f"models.{room}" for room in ("attention", "blocks", "embedding", "hooks", "layers", "mlp", "transformer")),
+        *(f"models.{room}" for room in ("attention", "blocks", "cache", "embedding", "hooks", "layers")),
+        *(f"models.{room}" for room in ("lensnames", "mlp", "transformer")),
         "images.classifiers",
     },
     "sae_lens": {"saes.arrays", "saes.stored", "saes.fitting"},
     "huggingface_hub": {"models.sources", "saes.listing"},
     "plotly": {
         "report.figures",
+        "report.generic",
         "report.plots",
         "report.tensorplots",
         "report.imageplots",
@@ -71,8 +74,8 @@ def rooms(module, tree=None):
     """Yield the modules of this package that a module imports, `wing.room`, or the name of the wing for its table."""
     for name in imported(module, tree):
         first, *rest = name.split(".")
-        if first == "bilens":
-            room = ".".join(rest[:2])
+        room = ".".join(rest[:2])
+        if first == "bilens" and (module, room) != UPWARD:
             yield room if room in ROOMS else rest[0] if rest and rest[0] in WINGS else "__init__"
 
 

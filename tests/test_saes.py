@@ -146,6 +146,21 @@ def test_a_finished_fit_is_loaded_and_other_arguments_are_refused(model, windows
         fit(model, windows, folder, lr=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka", "jumprelu"])
+def test_other_kinds_are_fitted_and_read_as_sae_lens_saves_them(model, windows, tmp_path, kind):
+    from sae_lens import SAE
+
+    found = fit(model, windows, tmp_path, kind=kind, tokens=24_000)
+    for hook in HOOKS:
+        result = saes.evaluate(model, SAE.load_from_disk(tmp_path / hook), windows)
+        assert result == saes.evaluate(model, found[hook], windows)
+        assert result.fvu < 0.75
+        assert 1 < result.l0 < 10  # asked for 4 on average
+        torch.testing.assert_close(found[hook].W_dec.norm(dim=1), torch.ones(32))
+    with pytest.raises(ValueError, match="kind must be one of"):
+        Recipe(kind="relu")
+
+
 def test_a_killed_fit_resumes_to_the_same_weights(model, windows, fitted, tmp_path):
     calls = 0
 

@@ -918,7 +918,7 @@ def test_a_config_answers_to_the_names_of_transformer_lens(plain):
     names = ("n_layers", "d_model", "n_ctx", "d_vocab", "n_heads", "d_head", "d_hidden", "d_mlp")
     assert [getattr(cfg, name) for name in names] == [2, 16, 32, len(plain.W_E), 2, 8, 24, 24]
     names = ("act_fn", "normalization_type", "eps", "attn_only", "positional_embedding_type", "device")
-    assert [getattr(cfg, name) for name in names] == [None, "RMS", 1e-8, False, "rotary", None]
+    assert [getattr(cfg, name) for name in names] == [None, "RMSPre", 1e-8, False, "rotary", "cpu"]
     cfg = BilinearConfig(1, 8, 8, 9, AttentionConfig(2, 4), MLPConfig(8, "gated", "silu"), norm=None)
     assert (cfg.act_fn, cfg.normalization_type, cfg.eps) == ("silu", None, None)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum
@@ -16,6 +16,7 @@ from bilens.models.rotary import rotate
 from bilens.models.text import Text
 from bilens.models.transformer import BilinearTransformer
 from bilens.saes.stored import SAE
+from bilens.tensor.records import Record, Rows, tabular
 
 from .attribution import active_features, feature_parts
 from .places import Places, check_layer, locate
@@ -23,6 +24,7 @@ from .targets import fitting_hook
 from .terms import strongest
 
 
+@tabular()
 class ScoreTerm(NamedTuple):
     """One part at the query with one at the key, and what the two add to a head's score."""
 
@@ -44,6 +46,7 @@ class ScoreTerm(NamedTuple):
         )
 
 
+@tabular(rows="pair")
 class Side(NamedTuple):
     """The query or the key of each pair: where, which features are active there, and what its norm divides by."""
 
@@ -54,7 +57,7 @@ class Side(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Attending:
+class Attending(Record, rows="pair", along=("query", "key")):
     """The scores of heads between pairs of positions, as sums over parts at the query and parts at the key.
 
     `terms[b, n, h, i, j]` is what part i at the n-th pair's query and part j at its key add to the score of head
@@ -74,6 +77,20 @@ class Attending:
     terms: Float[Tensor, "branch pair head query_part key_part"]
     measured: Float[Tensor, "branch pair head"]  # scores of the running model: factor · hook_rot_q · hook_rot_k
     label: Callable[[int], str]
+
+    def columns(self) -> dict[str, Any]:
+        """Return query and key of each pair, and the scores of the heads (branch 0) between them."""
+        at = {"row": self.row, "query": self.query.position, "key": self.key.position}
+        words = [self.places.words[row] for row in self.row.tolist()]
+        told = {
+            f"{side}_word": [word[place] for word, place in zip(words, at[side].tolist(), strict=True)]
+            for side in ("query", "key")
+        }
+        return at | told | {f"head_{head}": self.scores[0, :, index] for index, head in enumerate(self.heads)}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the layer, how far the sums are off at most, and the strongest terms."""
+        return {"layer": self.layer, "kind": self.kind, "miss": self.miss.max().item(), "strongest": self.top(10)}
 
     @property
     def scores(self) -> Float[Tensor, "branch pair head"]:
@@ -113,13 +130,13 @@ class Attending:
         scale = self.terms.abs().sum((3, 4)).clamp(min=torch.finfo(self.terms.dtype).tiny)
         return (self.scores - self.measured).abs() / scale
 
-    def top(self, k: int = 10) -> list[ScoreTerm]:
+    def top(self, k: int = 10) -> Rows[ScoreTerm]:
         """Return the k pairs of features that add or take away most, over all that was asked for, strongest first.
 
         Raises:
             ValueError: `k` is below 1.
         """
-        return [self._term(*index, value) for index, value in strongest(self.pairs, k)]
+        return Rows(self._term(*index, value) for index, value in strongest(self.pairs, k))
 
     def _term(self, branch: int, n: int, head: int, i: int, j: int, value: float) -> ScoreTerm:
         row, query, key = (int(index[n]) for index in (self.row, self.query.position, self.key.position))

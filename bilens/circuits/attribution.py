@@ -32,6 +32,7 @@ class Attribution(Terms):
     activations: Float[Tensor, "position active"]
     label: Callable[[int], str]
     n_features: int
+    probability: Float[Tensor, " position"] | None = None  # of the token as the next one, where the target is a token
 
     @property
     def pairs(self) -> Float[Tensor, "position active active"]:
@@ -146,6 +147,7 @@ def attribute(
         activations=torch.cat([F.pad(one, (0, m)) for one, m in zip(z, missing, strict=True)]),
         label=label,
         n_features=inp.cfg.d_sae,
+        probability=read.probability(model, found),
     )
 
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from bilens.models.logits import logit_directions, token_ids
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.records import Rows, tabular
 
 from .places import check_layer
 
 
+@tabular()
 class Bigram(NamedTuple):
     """A token that follows, and its logit."""
 
@@ -49,7 +51,7 @@ def bigram_scores(
     return model.unembed(model.ln_final(x))
 
 
-def bigrams(model: BilinearTransformer, token: str | int, k: int = 10, layer: int = 0) -> list[Bigram]:
+def bigrams(model: BilinearTransformer, token: str | int, k: int = 10, layer: int = 0) -> Rows[Bigram]:
     """Return the k tokens that a token predicts most by itself, strongest first: see `bigram_scores`.
 
     Args:
@@ -64,7 +66,8 @@ def bigrams(model: BilinearTransformer, token: str | int, k: int = 10, layer: in
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     best = bigram_scores(model, torch.tensor(token_ids(model, [token])), layer)[0].topk(min(k, model.cfg.d_vocab))
-    return [Bigram(word(model, i), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Rows(Bigram(word(model, i), value) for i, value in found)
 
 
 def contrast(model: BilinearTransformer, token: str | int, others: Sequence[str | int]) -> Float[Tensor, " d_model"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilens.models.windows import observe
 from bilens.saes.collecting import auroc
+from bilens.tensor.records import Record
 
 from .groups import Group
 from .layer import FeatureLayer
@@ -48,8 +49,8 @@ class Seen:
         return cls(x, y, statement, {"word": word, "readout": last}, {"word": inside, "readout": ~inside})
 
 
-@dataclass(frozen=True, eq=False)
-class Candidates:
+@dataclass(frozen=True, eq=False, repr=False)
+class Candidates(Record):
     """Features of one layer in one place, weighted by how well they tell (AUROC less one half)."""
 
     layer: int
@@ -105,8 +106,8 @@ def candidates(
             carried = lens.outputs(seen.x[layer][at], seen.y[layer][at])
             verdict = auroc(carried[g != n], carried[g == n]) - 0.5
             groups = (
-                _strongest("negators", turned.clamp(min=0), tells, most),
-                _strongest("sentiment", told, tells, most),
+                _strongest("negators", turned.clamp(min=0), tells, most).named(lens.name),
+                _strongest("sentiment", told, tells, most).named(lens.name),
                 _strongest("carriers", verdict, tells, carriers),
             )
             found.append(Candidates(layer, place, *groups))

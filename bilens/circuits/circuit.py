@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
+from bilens.tensor.records import Record
+
 from .discovery import Discovery
 from .layer import FeatureLayer
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Record):
     """Two input features whose product drives an output feature of one layer."""
 
     layer: int

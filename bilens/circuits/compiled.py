@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,13 @@ from bilens.models.checkpoints import save
 from bilens.models.files import atomic_write
 from bilens.models.mlp import MLPConfig
 from bilens.models.transformer import BilinearConfig, BilinearTransformer
+from bilens.tensor.records import Record, Rows, tabular
 
 SPECIAL = ("[UNK]", "[BOS]", "[EOS]")
 _CERTAIN = 30.0  # nats between a key that is to be seen and one that is not
 
 
+@tabular()
 class Product(NamedTuple):
     """What two input features do together: `value · z_left z_right` in the pre-activation of an output feature."""
 
@@ -37,6 +39,7 @@ class Product(NamedTuple):
     value: float
 
 
+@tabular()
 class Move(NamedTuple):
     """A head that writes `target` wherever `source` is some words back.
 
@@ -143,13 +146,19 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Compiled:
+class Compiled(Record):
     """A plan, the model that carries it out, and the directions of its features."""
 
     plan: Plan
     model: BilinearTransformer
     inp: Float[Tensor, "feature d_model"]
     out: Float[Tensor, "feature d_model"]
+
+    def facts(self) -> dict[str, Any]:
+        """Return its words, features, products and moves."""
+        counts = {"features": len(self.inp), "outputs": len(self.out), "noise": self.plan.noise}
+        parts = {"products": Rows(self.plan.products), "moves": Rows(self.plan.moves)}
+        return {"words": tuple(self.plan.words)} | counts | parts
 
     def save(self, folder: str | Path) -> None:
         """Write `model` in the published format and, beside it, `scope` in the layout of the published SAEs."""

@@ -1,6 +1,6 @@
 """Parts of a circuit taken out of the running model, against as much of something else taken out at the same places."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.tensor.bilinear import homogeneous
+from bilens.tensor.records import Record
 from bilens.tensor.statistics import pearson
 
 from .circuit import Circuit
@@ -18,7 +19,7 @@ from .steering import unit_directions
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Edit:
+class Edit(Record, rows="position", tells=("correlation", "error", "percentile")):
     """One edit of the running model at the positions where the pair is active: predicted, measured, and controls.
 
     `directions` holds the same edit along random directions, of the same norm at every position: at the MLP's input
@@ -57,7 +58,7 @@ class Edit:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class MatchedPairs:
+class MatchedPairs(Record, rows="pair", along=("effects", "rescaled"), names={"left": "inp", "right": "inp"}):
     """What removing other pairs does at the same positions: those nearest in the root mean square of z_k z_l there.
 
     They are pairs active together at no less than a tenth of the positions, which may share a feature with the
@@ -71,6 +72,7 @@ class MatchedPairs:
     scale: Float[Tensor, " pair"]  # root mean square of z_k z_l relative to the circuit's
     effects: Effects
     rescaled: Effects
+    name: Callable[[str, int], str] | None = None  # of a feature, by its side and number
 
     def __repr__(self) -> str:
         near, far = (self.scale.min().item(), self.scale.max().item()) if len(self.scale) else (float("nan"),) * 2
@@ -162,4 +164,5 @@ def matched_pairs(base: Baseline, c: Circuit, n: int) -> MatchedPairs:
     strengths = (base.z[:, left] * base.z[:, right]).T[..., None]
     as_they_are = (strength * term for strength, term in zip(strengths, terms, strict=True))
     rescaled = (strength * term for strength, term in zip(strengths, terms / scale[:, None], strict=True))
-    return MatchedPairs(left, right, scale, base.effects(as_they_are), base.effects(rescaled))
+    effects = base.effects(as_they_are), base.effects(rescaled)
+    return MatchedPairs(left, right, scale, *effects, base.lens.name)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bilens.models.logits import logit_directions
 from bilens.models.windows import Texts, Windows
+from bilens.tensor.records import Record
 from bilens.tensor.statistics import pearson
 
 from .discovery import q_values
@@ -36,7 +37,7 @@ ADJECTIVES = {
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Coupling:
+class Coupling(Record, rows="out", along=("outputs",), unit="outputs"):
     """How strongly two groups of input features act together on output directions, from the weights alone.
 
     `value_o = Σ_{a,b} w_a w_b d_aᵀ Q_o d_b / (Σ|w_a| Σ|w_b|)`, the mean interaction `Q_ab` under the groups' weights.
@@ -182,11 +183,17 @@ def _check_groups(lens: FeatureLayer, left: Group, right: Group, null: Sequence[
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class NegationCouplings:
+class NegationCouplings(Record, rows="layer", along=("layers",)):
     """Whether negators flip sentiment in each layer: negative values on the direction from bad to good mean a flip."""
 
     layers: tuple[Coupling, ...]
     q: Float[Tensor, " layer"]  # Benjamini-Hochberg over the layers
+
+    def columns(self) -> dict[str, Any]:
+        """Return each layer's groups, and how its coupling compares with chance; the first output is meant."""
+        numbers = {name: torch.stack([getattr(one, name)[0] for one in self.layers]) for name in ("value", "z", "p")}
+        groups = {side: [getattr(one, side) for one in self.layers] for side in ("left", "right")}
+        return {"layer": [one.layer for one in self.layers]} | groups | numbers | {"q": self.q}
 
     def __repr__(self) -> str:
         each = ", ".join(
@@ -242,8 +249,8 @@ def negation_couplings(
         negators = lens.inp_cards.near(words, share)
         feeling, weights = lens.inp_cards.telling(positive, tells)
         keep = ~torch.isin(feeling, negators)
-        left = Group("negators", negators, torch.ones(len(negators)))
-        right = Group("sentiment", feeling[keep], weights[keep])
+        left = Group("negators", negators, torch.ones(len(negators)), lens.name)
+        right = Group("sentiment", feeling[keep], weights[keep], lens.name)
         direction = {"bad to good": sentiment_direction(lens)}
         found.append(couple(lens, left, right, direction, generator=generator, n=n))
     return NegationCouplings(tuple(found), q_values(torch.cat([one.p for one in found])))
@@ -270,7 +277,7 @@ def sentiment_direction(lens: FeatureLayer) -> Float[Tensor, " d_model"]:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CouplingTest:
+class CouplingTest(Record, rows="position", tells=("correlation", "percentile", "percentile_rescaled")):
     """What the running model does without the products of two groups, at the positions where both are active.
 
     `predicted` is the change of `direction · mlp_out / rms` that the weights and the activations say, with the final

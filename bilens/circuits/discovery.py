@@ -1,7 +1,7 @@
 """A search for motifs among the outputs of a layer, from weights alone, with p-values against null models."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.records import Record
 
 from .groups import Group, name_groups
 from .nulls import LEAST_FOR_TAIL, NULLS, Null, fit, null_scores
 from .records import plain
-from .scoring import MOTIFS, Scoring, Strongest
+from .scoring import MOTIFS, Ends, Scoring, Strongest
 
 
 @runtime_checkable
@@ -26,7 +27,7 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Discovery:
+class Discovery(Record, names={"out": "out"}):
     """One motif of one output feature."""
 
     out: int
@@ -35,6 +36,7 @@ class Discovery:
     p: float
     q: float
     groups: tuple[Group, ...]
+    name: Callable[[str, int], str] | None = None  # of a feature, by its side and number
 
     def __repr__(self) -> str:
         groups = " × ".join(map(repr, self.groups))
@@ -47,7 +49,7 @@ class Discovery:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Discoveries:
+class Discoveries(Record, held="found"):
     """Scores, p- and q-values of all outputs and motifs, and those found at the wanted false discovery rate."""
 
     motifs: tuple[str, ...]
@@ -57,6 +59,7 @@ class Discoveries:
     nulls: tuple[Null, ...]
     fdr: float
     found: tuple[Discovery, ...]  # lowest q first, then lowest p, ties by output
+    ends: Ends | None = None  # of all outputs' spectra, for `circuits.outliers`; None where outliers were not asked for
 
     def __repr__(self) -> str:
         first = f"; first: {self.found[0].motif} in #{self.found[0].out}" if self.found else ""
@@ -159,20 +162,22 @@ def search(
     B = B.detach().without_constant()
     B = B.to(torch.promote_types(B.down.dtype, torch.float32))
     task = Scoring(B, readers.detach().to(B.down), writers.detach().to(B.down), motifs, features, group)
-    scores, chunks = zip(*task.observe(task.readers, motifs), strict=True)
+    scores, chunks, ends = zip(*task.observe(task.readers, motifs), strict=True)
     observed, strongest = torch.cat(scores), Strongest(*map(torch.cat, zip(*chunks, strict=True)))
+    ends = None if ends[0] is None else Ends(*map(torch.cat, zip(*ends, strict=True)))
     nulls = tuple(
         fit(name, motifs, null_scores(task, name, n, generator, strongest.T), len(readers), tail) for name in null
     )
     p = torch.stack([one.p(observed) for one in nulls]).amax(0)
     q = q_values(p)
     order = sorted((q <= fdr).nonzero().tolist(), key=lambda at: (q[at[0], at[1]].item(), p[at[0], at[1]].item(), at))
-    groups = name_groups(task, strongest, order)
+    name = getattr(layer, "name", None)  # a layer that is matrices, or of another kind, has no names
+    groups = [[replace(one, name=name) for one in each] for each in name_groups(task, strongest, order)]
     found = tuple(
-        Discovery(o, motifs[m], observed[o, m].item(), p[o, m].item(), q[o, m].item(), members)
+        Discovery(o, motifs[m], observed[o, m].item(), p[o, m].item(), q[o, m].item(), tuple(members), name)
         for (o, m), members in zip(order, groups, strict=True)
     )
-    return Discoveries(motifs, observed, p, q, nulls, fdr, found)
+    return Discoveries(motifs, observed, p, q, nulls, fdr, found, ends)
 
 
 def q_values(p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

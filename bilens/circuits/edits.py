@@ -42,7 +42,10 @@ def product(
         right: Those of the other.
     """
     left, right = _indices(left), _indices(right)
-    return 2 * lens.tensor.polar(*(z[..., group] @ lens.writers[group] for group in (left, right)))
+    some = z[..., left].any(-1) & z[..., right].any(-1)  # both are there, or they write nothing
+    parts = (z[some][:, group] @ lens.writers[group] for group in (left, right))
+    written = 2 * lens.tensor.polar(*parts)
+    return written.new_zeros(*z.shape[:-1], written.shape[-1]).index_put((some,), written)
 
 
 def _indices(features: Features) -> list[int]:
@@ -240,17 +243,18 @@ def push(
 @contextmanager
 def _without(
     lens: FeatureLayer,
-    part: Callable[[Float[Tensor, "b s d"]], Float[Tensor, "b s d"]],
+    part: Callable[[Float[Tensor, "*position d"]], Float[Tensor, "*position d"]],
     where: Bool[Tensor, "batch seq"] | None,
 ) -> Iterator[BilinearTransformer]:
-    """Subtract `part(x)` from what the MLP writes, x being what `hook_in` sees."""
+    """Subtract `part(x)` from what the MLP writes, x being what `hook_in` sees, at those positions alone."""
     seen = {}
 
     def look(x: Tensor, hook: object) -> None:
-        seen["part"] = part(x)
+        seen["part"] = part(x if where is None else x[_checked(where, x)])
 
     def edit(y: Tensor, hook: object) -> Tensor:
-        return y - _at(where, seen.pop("part")).to(y)
+        change = seen.pop("part").to(y)
+        return y - change if where is None else y.index_put((where.to(y.device),), -change, accumulate=True)
 
     with lens.model.hooks(fwd_hooks=[(lens.hook_in, look), (lens.hook_out, edit)]) as model:
         yield model
@@ -264,8 +268,10 @@ def decoder_direction(lens: FeatureLayer, side: str, feature: int) -> tuple[str,
 
 def _at(where: Bool[Tensor, "batch seq"] | None, change: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
     """Keep a change at some positions only."""
-    if where is None:
-        return change
-    if where.shape != change.shape[:2]:
-        raise ValueError(f"where must have the tokens' shape {list(change.shape[:2])}, got {list(where.shape)}")
-    return change * where[..., None].to(change)
+    return change if where is None else change * _checked(where, change)[..., None].to(change)
+
+
+def _checked(where: Bool[Tensor, "..."], x: Float[Tensor, "b s d"]) -> Bool[Tensor, "..."]:
+    if where.shape != x.shape[:2]:
+        raise ValueError(f"where must have the tokens' shape {list(x.shape[:2])}, got {list(where.shape)}")
+    return where

@@ -9,10 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bilens.models.windows import Windows
+from bilens.tensor.records import tabular
 
 from .layer import FeatureLayer
 
 
+@tabular(rows="edit")
 class Effects(NamedTuple):
     """Mean effects of edits over the positions where the circuit's pair is active."""
 

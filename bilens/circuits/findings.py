@@ -9,16 +9,17 @@ from torch import Tensor
 
 from bilens.models.windows import Texts
 from bilens.tensor.interactions import Interactions
+from bilens.tensor.records import Record, Rows
 
 from .discovery import Discoveries, Discovery
 from .layer import FeatureLayer
 from .records import plain
-from .spectral import Prediction, pairs, predict_all
+from .spectral import Prediction, pairs_of, predict_all
 from .trial import CircuitTest
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Finding:
+class Finding(Record):
     """All that the report shows of one output feature."""
 
     feature: int
@@ -59,7 +60,7 @@ def describe(
     discoveries: Discoveries | None = None,
     tested: Sequence[CircuitTest] = (),
     n_pairs: int = 12,
-) -> list[Finding]:
+) -> Rows[Finding]:
     """Collect spectrum, strongest pairs, prediction on text, motifs and tests of some output features.
 
     Args:
@@ -72,8 +73,9 @@ def describe(
     """
     tests = {test.circuit.feature: test for test in tested}
     found = discoveries.found if discoveries is not None else ()
-    findings = []
-    for feature, prediction in zip(features, predict_all(lens, features, texts), strict=True):
+    findings = Rows()
+    strongest, predicted = pairs_of(lens, features, n_pairs), predict_all(lens, features, texts)
+    for feature, among, prediction in zip(features, strongest, predicted, strict=True):
         top, motifs = lens.eigen(feature), tuple(one for one in found if one.out == feature)
         names = tuple(
             tuple(lens.name("inp", group.features.tolist(), group.weights.tolist()) for group in one.groups)
@@ -81,7 +83,7 @@ def describe(
         )
         one = Finding(
             feature, lens.name("out", feature), motifs, names, top.values, top.vectors[:2],
-            pairs(lens, feature, n_pairs), prediction, tests.get(feature),
+            among, prediction, tests.get(feature),
         )  # fmt: skip
         findings.append(one)
     return findings

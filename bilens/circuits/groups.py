@@ -1,12 +1,14 @@
 """The features that play a role in a motif, by name; notation as in `motifs`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from bilens.tensor.records import Record
 
 from .motifs import GROUPED
 from .records import plain
@@ -16,7 +18,7 @@ _SHARE = 0.5  # of the strongest weight, to be named in a group: planted groups 
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Group:
+class Group(Record, rows="k", names={"features": "inp"}, unit="features"):
     """Input features that play one role in a motif, the strongest first, with their mean signed coefficients.
 
     Features with less than half the weight of the strongest are not named; most are there because they overlap with it.
@@ -25,6 +27,7 @@ class Group:
     role: str
     features: Int[Tensor, " k"]
     weights: Float[Tensor, " k"]
+    name: Callable[[str, int], str] | None = None  # of a feature, by its side and number
 
     def __repr__(self) -> str:
         top = ", ".join(f"#{f} {w:+.2g}" for f, w in zip(self.features.tolist(), self.weights.tolist(), strict=True))

@@ -91,7 +91,7 @@ def top_writing(
         inp: As for `top_attention`.
         out: SAE at this layer's `hook_attn_out` or `hook_resid_mid`, or anywhere later in the residual stream
             (`hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`), which is read with its encoder; or directions that
-            are read, one per row, such as `model.W_U.T`.
+            are read, one per row, such as `bilens.models.logits.logit_directions(model)`.
         head: One head; all of the layer if `None`.
         cosine: Rank by the cosine of the two in the head instead.
 

@@ -8,9 +8,12 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.tensor.records import Record, tabular
+
 from .records import plain
 
 
+@tabular(rows="k")
 class Estimate(NamedTuple):
     """A number for each k, and the ends of its bootstrap interval; NaN where too few positions are active."""
 
@@ -20,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class LowRank:
+class LowRank(Record, rows="k", along=("k", "pearson_active", "pearson", "r2"), unit="numbers of eigenvectors"):
     """How well the k strongest eigenvectors predict an output feature, `ŷ = Σ_{i≤k} λ_i (v_i·x)²`, by one protocol.
 
     The actual activation is after the top-k, zero where the feature is not active. BOS and padding are left out.
@@ -51,6 +54,7 @@ class LowRank:
         return plain({str(k): {"pearson_active": value, "low": low, "high": high} for k, value, low, high in rows})
 
 
+@tabular(rows="position")
 class Predictions(NamedTuple):
     """An output feature at every position of text, and what the k strongest eigenvectors say of it."""
 

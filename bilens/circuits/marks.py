@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.models.windows import Windows, observe
+from bilens.tensor.records import Record
 
 from .groups import Group
 from .layer import FeatureLayer
 
 
-@dataclass(frozen=True, eq=False)
-class Marked:
+@dataclass(frozen=True, eq=False, repr=False)
+class Marked(Record, rows="token", along=("tokens",)):
     """How active each group is at each token of a text, BOS left out."""
 
     layer: int
@@ -22,6 +24,10 @@ class Marked:
     roles: tuple[str, ...]
     values: Float[Tensor, "group token"]  # sum over the group's features
     strongest: Int[Tensor, "group token"]  # the most active of them
+
+    def columns(self) -> dict[str, Any]:
+        """Return the tokens, and how active each group is there."""
+        return {"token": self.tokens} | dict(zip(self.roles, self.values, strict=True))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from bilens.models.windows import Texts, Windows
 from bilens.saes.naming import word
 from bilens.saes.wording import logit_effects
 from bilens.tensor.defaults import FactorFeatures, Method, Modified, Side, default_features, most_modified
+from bilens.tensor.records import Record, tabular
 
 from .layer import FeatureLayer
 from .records import plain
@@ -19,6 +20,7 @@ from .records import plain
 _TOKENS = 3  # by which a default feature is named
 
 
+@tabular()
 class Partner(NamedTuple):
     """An input feature that activates a default feature, at positions where another one modifies it."""
 
@@ -31,7 +33,7 @@ class Partner(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Modification:
+class Modification(Record, rows="default", along=("modified", "names"), unit="default features"):
     """The default features that an input feature or a direction modifies most, most first, and by what they are active.
 
     `partners` is empty without text.

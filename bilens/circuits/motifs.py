@@ -16,11 +16,14 @@ from einops import einsum, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bilens.tensor.records import tabular
+
 _SEEDS = 8  # features from which a search for groups starts
 _REFERENCES = 3  # features whose couplings may be the effects that negators flip
 _ROUNDS = 4  # of coordinate ascent; it rarely moves after three
 
 
+@tabular(rows="out")
 class Found(NamedTuple):
     """Groups of a motif for each output as masks over its strongest features, and what they score.
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.records import Record
 
 from .candidates import PLACES, Candidates, candidates
 from .couplings import Coupling, couple
@@ -34,8 +35,8 @@ from .verdict import (
 VERDICT = "verdict"
 
 
-@dataclass(frozen=True)
-class Single:
+@dataclass(frozen=True, repr=False)
+class Single(Record):
     """One pair of input features that acts on an output direction, by the names of their cards."""
 
     layer: int
@@ -50,8 +51,8 @@ class Single:
     q_own: float  # with each feature's own size taken out
 
 
-@dataclass(frozen=True, eq=False)
-class GroupCoupling:
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupCoupling(Record):
     """The groups of one layer in one place, and whether their products turn the verdict."""
 
     place: str
@@ -68,7 +69,7 @@ class GroupCoupling:
 
 
 @dataclass(frozen=True, eq=False)
-class NegationSearch:
+class NegationSearch(Record, held="pairs"):
     """What the weights say of negators and sentiment in all layers and places."""
 
     candidates: tuple[Candidates, ...]
@@ -101,7 +102,7 @@ class NegationSearch:
 
 
 @dataclass(frozen=True, eq=False)
-class Negation:
+class Negation(Record):
     """What the model does with negators, which products do it, and what it does without them."""
 
     readout: Readout
@@ -215,7 +216,7 @@ def search_negation(
 
 
 def _first(group: Group, n: int) -> Group:
-    return Group(group.role, group.features[:n], group.weights[:n])
+    return group[:n]
 
 
 def _carriers(lens: FeatureLayer, one: Candidates) -> dict[str, Float[Tensor, " d_model"]]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.records import Record
 
 from .motifs import GROUPED
 from .scoring import MOTIFS, Scoring, strongest_features
@@ -28,7 +29,7 @@ _DRAWS = 8  # at least, of each output from those
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Null:
+class Null(Record):
     """Scores of outputs of a null model, and the generalised-Pareto tail fitted to the highest tenth of them.
 
     `P(score > x) = 0.1 (1 + shape (x - threshold) / scale)^(-1/shape)` above the threshold. `scale` is NaN where no
@@ -80,7 +81,7 @@ def null_scores(
         n = len(task.readers) * max(_DRAWS, math.ceil(n / len(task.readers)))
     parts = tuple(_PART.get(motif, motif) for motif in task.motifs)
     if name == "readers":
-        return torch.cat([scores for scores, _ in task.observe(directions(task, n, generator), parts)])
+        return torch.cat([scores for scores, *_ in task.observe(directions(task, n, generator), parts)])
     drawn = draws(task, name, n, generator, T)
     if name == "signs":
         return torch.cat([torch.stack([GROUPED[part](one, task.group).score for part in parts], 1) for (one,) in drawn])

@@ -1,7 +1,7 @@
 """The paths of a transformer's last layer, from embedding or heads through the bilinear MLP to the logits, exactly."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor
 from bilens.models.text import Text
 from bilens.models.transformer import BilinearTransformer
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.records import Record
 
 from .places import Places, locate
 from .sources import split_residual
@@ -20,7 +21,7 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Paths:
+class Paths(Record, rows="position", along=("places",), tells=("miss",)):
     """The logits of a transformer as a sum over paths through its last layer.
 
     Without a product: "direct" (the stream that enters the layer, straight to the logits) and "head". Through the MLP,
@@ -106,6 +107,14 @@ class Paths:
         weighted = total @ gram
         shares = (reads * weighted).sum((1, 2)) / (total * weighted).sum()
         return dict(zip(GROUPS, shares.tolist(), strict=True))
+
+    def columns(self) -> dict[str, Any]:
+        """Return the positions, and the norm of what the last layer leaves there."""
+        return self.places.columns() | {"resid_post_norm": self.resid_post.norm(dim=1)}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the layer, how far the sum is off, and the share of each kind of path."""
+        return {"layer": self.layer, "miss": self.miss, "shares": self.shares()}
 
     def __repr__(self) -> str:
         n_heads = len(self.names) - 1

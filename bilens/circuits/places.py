@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,10 +11,11 @@ from torch import Tensor
 from bilens.models.text import Text
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observed
+from bilens.tensor.records import Record
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Places:
+class Places(Record, rows="position"):
     """Texts, a window each, and the positions of interest in them: `row[n], position[n]` is the n-th."""
 
     windows: Windows
@@ -37,6 +39,14 @@ class Places:
                 some.append(seen[hook][one, self.position[here]].double())
         back = torch.cat(order).argsort()
         return {hook: torch.cat(some)[back] for hook, some in parts.items()}
+
+    def columns(self) -> dict[str, Any]:
+        """Return the text, the position in it, and the word there."""
+        return {"row": self.row, "position": self.position, "word": [self.word(n) for n in range(len(self))]}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the texts."""
+        return {"texts": self.texts}
 
     def __len__(self) -> int:
         return len(self.row)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observe
 from bilens.tensor.bilinear import homogeneous
+from bilens.tensor.records import Record
 
 from .circuit import Circuit
 from .edits import interaction, without_feature
@@ -20,7 +21,7 @@ from .layer import FeatureLayer
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Removal:
+class Removal(Record, rows="batch", unit="inputs"):
     """What happens to an output feature's pre-activation when an input feature is taken out of the MLP's input."""
 
     inp: int

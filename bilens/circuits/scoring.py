@@ -13,6 +13,7 @@ from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.extremes import two_strongest
 from bilens.tensor.frames import Frame
 from bilens.tensor.matrices import Matrices, frobenius, output_gram
+from bilens.tensor.records import tabular
 
 from .motifs import GROUPED
 
@@ -20,6 +21,7 @@ MOTIFS = ("outlier", *GROUPED, "copy")
 NUMBERS = 1 << 24  # held at once by the matrices of a chunk of outputs
 
 
+@tabular(rows="out")
 class Strongest(NamedTuple):
     """The features of each output with the strongest coefficients."""
 
@@ -27,6 +29,13 @@ class Strongest(NamedTuple):
     T: Float[Tensor, "out m m"]
     unit: Float[Tensor, " out"]
     own: Float[Tensor, "out n"]  # self terms of all features
+
+
+class Ends(NamedTuple):
+    """The ends of the spectrum of each output's matrix."""
+
+    values: Float[Tensor, "out 2"]  # the two eigenvalues of largest magnitude
+    others: Float[Tensor, " out"]  # mean square of all others
 
 
 class Shared:
@@ -76,19 +85,26 @@ class Scoring:
 
     def observe(
         self, readers: Float[Tensor, "some out"], motifs: tuple[str, ...]
-    ) -> Iterator[tuple[Float[Tensor, "some motif"], Strongest]]:
-        """Score directions of the layer, a chunk at a time."""
+    ) -> Iterator[tuple[Float[Tensor, "some motif"], Strongest, Ends | None]]:
+        """Score directions of the layer, a chunk at a time; the spectra's ends where outliers are asked for."""
         n, d = self.writers.shape
         m = min(self.features, n)
         for some in readers.split(max(1, min(64, NUMBERS // max(n * d, self.B.hidden * d)))):
             M, found = self.shared.strongest(some, m)
-            yield self.score(M, self.writers, found, motifs), found
+            ends = Ends(*two_strongest(M)) if "outlier" in motifs else None
+            yield self.score(M, self.writers, found, motifs, ends), found, ends
 
     def score(
-        self, M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], found: Strongest, motifs: tuple[str, ...]
+        self,
+        M: Float[Tensor, "out d d"],
+        D: Float[Tensor, "n d"],
+        found: Strongest,
+        motifs: tuple[str, ...],
+        ends: Ends | None = None,
     ) -> Float[Tensor, "out motif"]:
         """Score motifs in some matrices among features with the writers D, given the strongest of them."""
-        parts = {"outlier": lambda: _outlier(M), "copy": lambda: squares(M, D, found.own).amax(1)}
+        parts = {"outlier": lambda: _outlier(ends or Ends(*two_strongest(M)))}
+        parts |= {"copy": lambda: squares(M, D, found.own).amax(1)}
         columns = {
             motif: parts[motif]() if motif in parts else GROUPED[motif](found.T, self.group).score
             for motif in dict.fromkeys(motifs)  # once each
@@ -115,10 +131,9 @@ def _strongest(M: Tensor, D: Tensor, m: int, largest: Tensor, own: Tensor, energ
     return Strongest(features, T, unit, own)
 
 
-def _outlier(M: Float[Tensor, "out d d"]) -> Float[Tensor, " out"]:
+def _outlier(ends: Ends) -> Float[Tensor, " out"]:
     """Return `|λ₂|` over the bulk edge of the other eigenvalues, as in `circuits.outliers`."""
-    values, others = two_strongest(M)
-    return values[:, 1].abs() / edge(others)
+    return ends.values[:, 1].abs() / edge(ends.others)
 
 
 def edge(others: Float[Tensor, " out"]) -> Float[Tensor, " out"]:

@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.tensor.records import Record
+
 from .groups import Group
 from .layer import FeatureLayer
 
 
-@dataclass(frozen=True, eq=False)
-class Singles:
+@dataclass(frozen=True, eq=False, repr=False)
+class Singles(Record):
     """The interactions `d_aᵀ Q_o d_b` of single features of two groups, as far as their sign is the one asked for.
 
     p is the share of all pairs of different features of the layer, with either sign, whose interaction is as large. So

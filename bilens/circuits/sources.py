@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bilens.models.text import Text
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.records import Record
 
 from .places import Places, check_adds, check_layer, locate
 from .targets import Reading, Target
@@ -18,7 +20,7 @@ from .terms import Terms, in_pieces, with_unit
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Sources:
+class Sources(Record, rows="position", along=("places",)):
     """What made up the residual stream before an MLP: `values.sum(1)` is `hook_resid_mid`.
 
     The norm that follows is `factor * resid_mid + shift`, exactly, with `factor` the norm's gain over the root mean
@@ -37,6 +39,15 @@ class Sources:
     def entering(self) -> Float[Tensor, "position source d_model"]:
         """Each source's share of what enters the MLP."""
         return self.values * self.factor[:, None]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the positions, and the norm of what each source wrote there."""
+        norms = self.values.norm(dim=2).T
+        return self.places.columns() | dict(zip(self.names, norms, strict=True))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the layer."""
+        return {"layer": self.layer}
 
     def __repr__(self) -> str:
         largest = self.values.norm(dim=2).mean(0).argmax()
@@ -121,6 +132,12 @@ class SourceAttribution(Terms):
     def source_bias(self) -> Float[Tensor, "position source"]:
         """Source × bias, the linear terms: left and right bias of the layer, shift of the norm."""
         return self.table[:, 0, 1:]
+
+    @property
+    def sums(self) -> dict[str, Float[Tensor, " position"]]:
+        """The kinds of terms, which sum to `total`."""
+        pairs, linear = self.pairs.sum((1, 2)), self.source_bias.sum(1)
+        return {"source × source": pairs, "source × bias": linear, "bias": self.bias}
 
     def part(self, n: int, index: int) -> tuple[int, str]:
         """Return number and name of a source."""

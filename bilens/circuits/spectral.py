@@ -1,6 +1,6 @@
 """Output features of a layer by the spectra of their interaction matrices, and what a few eigenvectors predict."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from bilens.tensor.interactions import Interactions, top_interactions
 from bilens.tensor.matrices import Matrices
 from bilens.tensor.outputs import top_outputs
 from bilens.tensor.precision import screen_dtype
+from bilens.tensor.records import Record
 from bilens.tensor.statistics import pearson
 
+from .discovery import Discoveries
 from .layer import FeatureLayer
 from .records import plain
 from .scoring import edge
@@ -28,12 +30,13 @@ _MATRICES = 128  # decomposed at a time
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Outliers:
+class Outliers(Record, rows="feature", tells=("strength", "ratio"), names={"feature": "out"}):
     """Output features of a layer, the one with the strongest spectral outliers first."""
 
     feature: Int[Tensor, " feature"]
     values: Float[Tensor, "feature 2"]  # the two eigenvalues of largest magnitude
     bulk: Float[Tensor, " feature"]  # edge of the other eigenvalues' spectrum if they were a random matrix's
+    name: Callable[[str, int], str] | None = None  # of a feature, by its side and number
 
     @property
     def strength(self) -> Float[Tensor, " feature"]:
@@ -54,17 +57,30 @@ class Outliers:
         return plain({name: getattr(self, name) for name in ("feature", "values", "bulk", "strength", "ratio")})
 
 
-def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength", k: int | None = None) -> Outliers:
+def outliers(
+    lens: FeatureLayer,
+    by: Literal["strength", "ratio"] = "strength",
+    k: int | None = None,
+    found: Discoveries | None = None,
+) -> Outliers:
     """Rank output features of a layer by their spectral outliers, from the weights alone; the k strongest, or all.
 
     `strength` is `|λ₁| + |λ₂|` (2410.08417, tutorial and section 5.2); `ratio` is `|λ₂|` over the edge
     `2 sqrt(Σ_{i>2} λ_i² / (n-2))` that the other eigenvalues would have as a random symmetric matrix (Wigner), so it
     finds features whose two outliers stand out whatever their scale. What biases add is linear or constant, no
     interaction, and left out. Cost: the ends of one `d_model × d_model` spectrum per feature; for the k
-    strongest, where low precision is fast, only of those that `bilens.top_outputs` cannot exclude.
+    strongest, where low precision is fast, only of those that `bilens.top_outputs` cannot exclude. A search of the
+    layer has found the same ends: nothing is decomposed where it is given.
+
+    Args:
+        lens: The layer.
+        by: The order.
+        k: How many; all if `None`.
+        found: What `circuits.search` found in this layer with outliers among its motifs.
 
     Raises:
-        ValueError: An unknown order, or `k` out of range or given with `by="ratio"`, which has no bound.
+        ValueError: An unknown order, `k` out of range or given with `by="ratio"`, which has no bound, or a search that
+            is not of this layer or did not look for outliers.
     """
     if by not in ("strength", "ratio"):
         raise ValueError(f"by must be 'strength' or 'ratio', got {by!r}")
@@ -73,28 +89,50 @@ def outliers(lens: FeatureLayer, by: Literal["strength", "ratio"] = "strength", 
     B = lens.tensor.without_constant()
     n = len(lens.readers)
     some = torch.arange(n, device=lens.readers.device)
+    if found is not None:
+        if found.ends is None or len(found.score) != n:
+            raise ValueError(f"found must be a search for outliers among {n} output features, got {found!r}")
+        return _ordered(lens, some, (found.ends.values, found.ends.others), by, k)
     if k is not None and screen_dtype(B.down.device) != torch.float32:  # else the bounds cost more than what they save
         some = top_outputs(B, lens.readers, min(k, n), "top2").out
     matrices = Matrices(B, len(some))
     parts = [two_strongest(matrices.of(readers)) for readers in lens.readers[some].split(_MATRICES)]
     values, others = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = Outliers(some, values, edge(others))
+    return _ordered(lens, some, (values, others), by, k)
+
+
+def _ordered(lens: FeatureLayer, some: Tensor, ends: tuple[Tensor, Tensor], by: str, k: int | None) -> Outliers:
+    values, others = ends
+    found = Outliers(some, values, edge(others), lens.name)
     order = getattr(found, by).argsort(descending=True, stable=True)[:k]
-    return Outliers(some[order], values[order], found.bulk[order])
+    return found[order]
 
 
 def pairs(lens: FeatureLayer, feature: int, k: int = 10) -> Interactions:
     """Return the strongest pairs of input features of one output feature, from the weights alone."""
-    lens.check_feature("out", feature)
-    found = top_interactions(lens.tensor, k, out=lens.readers[feature, None], inp=lens.writers)
-    return found._replace(out=torch.full_like(found.out, feature))
+    return pairs_of(lens, [feature], k)[0]
+
+
+def pairs_of(lens: FeatureLayer, features: Sequence[int], k: int = 10) -> list[Interactions]:
+    """Do what `pairs` does for several output features, in one pass over the weights."""
+    features = list(features)
+    for feature in features:
+        lens.check_feature("out", feature)
+    if not features:
+        return []
+    every = top_interactions(lens.tensor, k, out=lens.readers[features], inp=lens.writers, per_output=k)
+    found = []
+    for number, feature in enumerate(features):
+        out, *columns = (column[every.per_output.out == number] for column in every.per_output)
+        found.append(Interactions(torch.full_like(out, feature), *columns, every.certificate, name=lens.name))
+    return found
 
 
 # -- weights against the running model --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Prediction:
+class Prediction(Record, rows="position", tells=("pearson", "pearson_active", "n_active")):
     """What a few eigenvectors say an output feature does, against what it does on text."""
 
     actual: Float[Tensor, " position"]  # activation, zero where the feature is not among the k largest

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bilens.tensor.records import Record, Rows
+
 # Subjects with their verbs, negations and words: neither subjects nor words are in the opinions the model learns from.
 SUBJECTS = (
     ("the performance", "was"),
@@ -35,7 +37,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class MinimalPair:
+class MinimalPair(Record):
     """A statement, and the same with a negator."""
 
     plain: str
@@ -50,9 +52,9 @@ class MinimalPair:
             raise ValueError(f"polarity must be 1 or -1, got {self.polarity}")
 
 
-def minimal_pairs() -> list[MinimalPair]:
+def minimal_pairs() -> Rows[MinimalPair]:
     """Return built-in pairs, every subject with every word and one of six negations: as many good as bad ones."""
-    pairs = []
+    pairs = Rows()
     for i, (subject, verb) in enumerate(SUBJECTS):
         for polarity, words in WORDS.items():
             for j, word in enumerate(words):
@@ -65,7 +67,7 @@ def minimal_pairs() -> list[MinimalPair]:
     return pairs
 
 
-def halves(pairs: Iterable[MinimalPair]) -> tuple[list[MinimalPair], list[MinimalPair]]:
+def halves(pairs: Iterable[MinimalPair]) -> tuple[Rows[MinimalPair], Rows[MinimalPair]]:
     """Divide pairs into two halves that share neither a word nor a frame; pairs across are left out.
 
     Words of either polarity and frames go in turn to one half and the other, in the order of their first pair.
@@ -76,7 +78,7 @@ def halves(pairs: Iterable[MinimalPair]) -> tuple[list[MinimalPair], list[Minima
     pairs = list(pairs)
     words = {one: _turns(pair.word for pair in pairs if pair.polarity == one) for one in (1, -1)}
     frames = _turns(pair.frame for pair in pairs)
-    found: tuple[list[MinimalPair], list[MinimalPair]] = ([], [])
+    found = Rows(), Rows()
     for pair in pairs:
         half = words[pair.polarity][pair.word]
         if frames[pair.frame] == half:

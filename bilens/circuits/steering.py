@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bilens.models.windows import Windows
+from bilens.tensor.records import Record
 
 from .edits import decoder_direction, push
 from .layer import FeatureLayer
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Steering:
+class Steering(Record, rows="amount", along=("amounts",)):
     """What adding a feature does to the log-odds of one list of next tokens against another, on prompts.
 
     `log P(positive) - log P(negative)` after the prompt, each the sum over its list, averaged over prompts. Controls

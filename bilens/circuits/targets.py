@@ -15,12 +15,15 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.saes.directions import Which, check_sae, offsets, readers, reading, writes_at
 from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE
+from bilens.tensor.records import Record
 
 from .places import check_layer
 
+_ROWS = 256  # whose logits are held at a time
+
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Target:
+class Target(Record):
     """A number that is read of what an MLP writes, `reader · mlp_out + offset`: an output feature's pre-activation, ...
 
     A token's is the direct path to its logit: `reader · mlp_out` over the root mean square that the final norm measures
@@ -34,6 +37,7 @@ class Target:
     offset: Float[Tensor, ""]
     out: SAE | None = None  # which has the feature
     scaled: SAE | None = None  # by whose scale what is read is divided
+    word: str | None = None  # the token, as text or else its id
 
     @classmethod
     def feature(cls, out: SAE, feature: int, read: Which | None = None) -> "Target":
@@ -65,7 +69,7 @@ class Target:
         (index,) = token_ids(model, [token])
         name = index if model.tokenizer is None else model.tokenizer.id_to_token(index)
         (reader,) = logit_directions(model, [index])
-        return cls("token", f"logit of {name!r}", index, reader, reader.new_zeros(()))
+        return cls("token", f"logit of {name!r}", index, reader, reader.new_zeros(()), word=str(name))
 
     @classmethod
     def direction(cls, direction: Float[Tensor, " d_model"]) -> "Target":
@@ -122,6 +126,15 @@ class Reading:
         if self.final is None:
             return torch.ones_like(found[self.hook][:, 0])
         return self.norm.rms(found[self.final])[:, 0].reciprocal()
+
+    def probability(self, model: BilinearTransformer, found: Mapping[str, Tensor]) -> Float[Tensor, " position"] | None:
+        """Return the probability that the model gives the token as the next one; None of another target."""
+        if self.final is None:
+            return None
+        rows = found[self.final].to(model.W_E).split(_ROWS)
+        return torch.cat(
+            [model.unembed(model.ln_final(row)).double().softmax(-1)[:, self.target.index] for row in rows]
+        )
 
     def terms(
         self, parts: Float[Tensor, "position part leg"], scale: Float[Tensor, " position"]

@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from bilens.tensor.records import Record, Rows, tabular
 
 from .places import Places
 from .targets import Target
@@ -16,6 +18,7 @@ from .targets import Target
 _POSITIONS = 256  # whose parts are held at a time
 
 
+@tabular()
 class Term(NamedTuple):
     """One pair of parts at one position, and what it adds to the target."""
 
@@ -32,7 +35,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Terms(ABC):
+class Terms(Record, ABC, rows="position", along=("places",)):
     """A target as a sum over unordered pairs of parts, position by position; the first part is the bias.
 
     `table[n, a, b]` with `a <= b` is the term of parts a and b; below the diagonal is zero. Terms are float64: they sum
@@ -70,13 +73,28 @@ class Terms(ABC):
         scale = self.table.abs().sum((1, 2)).clamp(min=torch.finfo(self.table.dtype).tiny)
         return (self.total - self.pre_activation).abs() / scale
 
-    def top(self, k: int = 10) -> list[Term]:
+    def columns(self) -> dict[str, Any]:
+        """Return position and word, what the model gives there, and the sums of terms by kind."""
+        sums = {name: values for name, values in self.sums.items() if name != "model"}  # the pre-activation, once more
+        return self.places.columns() | {"pre_activation": self.pre_activation, "total": self.total} | sums
+
+    def facts(self) -> dict[str, Any]:
+        """Return the target and the layer, how far the sums are off at most, and the strongest terms."""
+        miss = self.miss.max().item() if len(self) else 0.0
+        return {"target": self.target.name, "layer": self.layer, "miss": miss, "strongest": self.top(10)}
+
+    @property
+    @abstractmethod
+    def sums(self) -> dict[str, Float[Tensor, " position"]]:
+        """The sums of all terms of a kind, by its name."""
+
+    def top(self, k: int = 10) -> Rows[Term]:
         """Return the k pairs that add or take away most, over all positions, strongest first; fewer if there are fewer.
 
         Raises:
             ValueError: `k` is below 1.
         """
-        return [self._term(*index, value) for index, value in strongest(self.pairs, k)]
+        return Rows(self._term(*index, value) for index, value in strongest(self.pairs, k))
 
     def _term(self, n: int, a: int, b: int, value: float) -> Term:
         (left, one), (right, other) = self.part(n, a), self.part(n, b)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import einsum
@@ -11,6 +12,7 @@ from torch import Tensor
 from bilens.saes.directions import offsets, readers, reading
 from bilens.saes.scaling import scale_of
 from bilens.saes.stored import SAE
+from bilens.tensor.records import Record
 
 from .attribution import Attribution
 from .entry import MLP_IN, NORMALIZED, Entry, input_hooks
@@ -20,7 +22,7 @@ from .targets import fitting_hook
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Trace:
+class Trace(Record, rows="position", along=("places",)):
     """Where the pre-activations of input features came from: `values.sum(2) + bias` is `pre_activation`."""
 
     names: tuple[str, ...]
@@ -42,6 +44,15 @@ class Trace:
         """
         if not torch.equal(self.features, attribution.features):
             raise ValueError("traced must be a trace of attribution.features, at the same positions")
+
+    def columns(self) -> dict[str, Any]:
+        """Return the positions, and what each source and the bias add there, over all features asked for."""
+        parts = dict(zip(self.names, self.values.sum(1).T, strict=True))
+        return self.places.columns() | parts | {"bias": self.bias.sum(1)}
+
+    def facts(self) -> dict[str, Any]:
+        """Return how many features there are."""
+        return {"features": self.features.shape[1]}
 
     def __repr__(self) -> str:
         return f"Trace({self.features.shape[1]} features at {len(self.features)} positions, {len(self.names)} sources)"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilens.models.windows import Texts, Windows
 from bilens.tensor.bilinear import homogeneous
+from bilens.tensor.records import Record
 
 from .circuit import Circuit
 from .controls import Edit, MatchedPairs, matched_pairs, run_edits
@@ -58,7 +59,7 @@ STANDARD = Protocol()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CircuitTest:
+class CircuitTest(Record, held="edits", tells=("percentile", "percentile_rescaled")):
     """A circuit against the running model.
 
     Edits are made at once at all positions where the pair is active, in the first `n_windows` windows of text in which

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.tensor.records import Record
 from bilens.tensor.statistics import pearson
 
 from .candidates import PLACES, Candidates, Seen
@@ -32,8 +33,8 @@ from .verdict import (
 NEAR = 16  # features of the next higher and lower activity that a control may take
 
 
-@dataclass(frozen=True, eq=False)
-class Products:
+@dataclass(frozen=True, eq=False, repr=False)
+class Products(Record):
     """Two groups of one layer whose products are taken out in one place: in the statement, or in the prompt."""
 
     layer: int
@@ -49,7 +50,7 @@ class Products:
 
 
 @dataclass(frozen=True, eq=False)
-class FlipTest:
+class FlipTest(Record, rows="pair", tells=("correlation",)):
     """Flips of minimal pairs as the model is, without the circuit's products, and without as many random products."""
 
     products: tuple[Products, ...]

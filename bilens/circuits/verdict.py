@@ -15,6 +15,7 @@ from bilens.models.logits import logit_directions, token_ids
 from bilens.models.sources import Source
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows
+from bilens.tensor.records import Record
 
 from .records import plain
 from .statements import MinimalPair, check_pairs
@@ -33,7 +34,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Readout:
+class Readout(Record):
     """How a model is asked for its verdict: what follows the statement, and the next tokens that are counted."""
 
     prompt: str = " verdict :"
@@ -188,7 +189,7 @@ def log_odds(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Behaviour:
+class Behaviour(Record, rows="statement", along=("statements", "words")):
     """The verdicts on some statements."""
 
     statements: tuple[str, ...]
@@ -214,8 +215,8 @@ def behaviour(
     return Behaviour(tuple(statements), log_odds(model, logits, readout), words)
 
 
-@dataclass(frozen=True)
-class Flips:
+@dataclass(frozen=True, repr=False)
+class Flips(Record):
     """How many minimal pairs flip, by the polarity of the word, and how many plain statements are judged right.
 
     A pair flips if the plain statement's log-odds have the sign of the word and the negated one's the other.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import eigen
+from bilens.tensor.records import Record
+from bilens.tensor.tables import Images
 
 from .classifiers import ImageClassifier
 from .reading import affine
@@ -24,12 +26,17 @@ _STEPS = 100
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Masks:
+class Masks(Record, rows="classes"):
     """Images to add, one for each of the first eigenvectors of each class, in units of their strength."""
 
     mask: Float[Tensor, "classes n pixels"]
     kind: Kind
     size: tuple[int, int]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the masks of each class as images."""
+        masks = self.mask.transpose(0, 1).unflatten(-1, self.size)
+        return {f"mask_{index}": Images(one) for index, one in enumerate(masks)}
 
     def __repr__(self) -> str:
         classes, n, _ = self.mask.shape
@@ -137,7 +144,7 @@ def top_pixels(mask: Float[Tensor, "*batch pixels"], n: int) -> Float[Tensor, "*
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Attack:
+class Attack(Record, rows="strengths", along=("strengths",)):
     """What masks do, for each class they aim at, each mask and each strength; and what permuted masks do."""
 
     strengths: tuple[float, ...]
@@ -151,6 +158,13 @@ class Attack:
     def targeted_of_all(self) -> Float[Tensor, "classes n strengths"]:
         """The published rate, whose denominator is all images."""
         return self.targeted * self.others[:, None, None]
+
+    def columns(self) -> dict[str, Any]:
+        """Return what masks of each strength do, and permuted ones, on average over classes and masks."""
+        names = ("accuracy", "targeted", "control_accuracy", "control_targeted")
+        return {"strength": torch.tensor(self.strengths)} | {
+            name: getattr(self, name).flatten(0, 1).mean(0) for name in names
+        }
 
     def __repr__(self) -> str:
         strongest = f"accuracy {float(self.accuracy[..., -1].mean()):.3f}"
@@ -260,7 +274,7 @@ class _Clipped:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Perturbation:
+class Perturbation(Record, rows="n", unit="images"):
     """The change of each image, of norm at most eps, that raises one logit most above another."""
 
     delta: Float[Tensor, "n pixels"]

@@ -19,6 +19,7 @@ from bilens.models.files import atomic_write
 from bilens.models.hooks import Hooked, Point
 from bilens.models.sources import CheckpointError, read_json, read_safetensors
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.records import Record
 
 from .sets import ImageSet
 
@@ -129,6 +130,7 @@ class ImageClassifier(Hooked):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch classes"]:
         """Return the logits of images, given as rows of pixels or as `[.., height, width]`."""
+        self.check_thread()
         h = self.hook_embed(self.embed(self.hook_image(self.rows(x))))
         for block in self.blocks:
             h = block(h)
@@ -260,7 +262,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, repr=False)
-class History:
+class History(Record, rows="epoch", along=("loss", "accuracy")):
     """What a training run saw: loss and accuracy on the training batches (with their noise), per epoch."""
 
     loss: tuple[float, ...]

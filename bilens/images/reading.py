@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import eigen
+from bilens.tensor.records import Record, tabular
+from bilens.tensor.tables import Images
 
 from .classifiers import ImageClassifier
 from .sets import ImageSet
@@ -22,13 +24,19 @@ _CHUNK = 2**24  # numbers held at once by what goes over many images
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class ClassEigen:
+class ClassEigen(Record, rows="classes"):
     """Eigenvectors of each class as images: `logit_c = Σ_i values[c,i] (pixels[c,i]·x + constant[c,i])²`."""
 
     values: Float[Tensor, "classes k"]
     pixels: Float[Tensor, "classes k pixels"]
     constant: Float[Tensor, "classes k"]  # zero in a model without biases
     size: tuple[int, int]
+
+    def columns(self) -> dict[str, Any]:
+        """Return each class's eigenvalues, and its three strongest eigenvectors as images."""
+        images = self.pixels[:, :3].transpose(0, 1).unflatten(-1, self.size)
+        shown = {f"vector_{index}": Images(one) for index, one in enumerate(images)}
+        return {"class": list(range(len(self.values))), "value": self.values[:, 0], "values": self.values} | shown
 
     def __repr__(self) -> str:
         top = ", ".join(f"{value:+.3g}" for value in self.values[0, :3].tolist())
@@ -123,6 +131,7 @@ def _roots(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor,
     return (vectors * scale @ vectors.T).to(x), (vectors / scale @ vectors.T).to(x)
 
 
+@tabular(rows="classes")
 class Activation(NamedTuple):
     """How eigenvectors respond to images."""
 
@@ -145,6 +154,7 @@ def activation(full: ClassEigen, images: ImageSet, threshold: float = 0.01) -> A
     return Activation(total / len(images), often / len(images))
 
 
+@tabular()
 class Affine(NamedTuple):
     """The parts of a logit: `xᵀ Q x + linear·x + constant`."""
 
@@ -166,7 +176,7 @@ def affine(model: ImageClassifier | BilinearTensor, direction: Float[Tensor, " c
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Explanation:
+class Explanation(Record, rows="classes", along=("eigen",)):
     """What each eigenvector adds to each logit of one image."""
 
     x: Float[Tensor, " pixels"]
@@ -181,6 +191,15 @@ class Explanation:
     def top(self, n: int = 3) -> list[int]:
         """Return the n classes with the largest logits."""
         return self.logits.topk(n).indices.tolist()
+
+    def columns(self) -> dict[str, Any]:
+        """Return the logit of each class, what its eigenvectors add, and the strongest of these as images."""
+        logits = {"class": list(range(len(self.contributions))), "logit": self.logits}
+        return self.eigen.columns() | logits | {"contributions": self.contributions}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the image."""
+        return {"image": self.x.unflatten(0, self.eigen.size)}
 
     def __repr__(self) -> str:
         top = ", ".join(f"{label}: {float(self.logits[label]):+.2f}" for label in self.top(min(3, len(self.logits))))
@@ -205,7 +224,7 @@ def explain(model: ImageClassifier | BilinearTensor, x: Float[Tensor, "..."]) ->
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Truncation:
+class Truncation(Record, rows="m", unit="numbers of eigenvectors"):
     """How well a model does with k eigenvectors for each class, against all of them."""
 
     k: Int[Tensor, " m"]
@@ -292,7 +311,7 @@ def _chunks(images: ImageSet, full: ClassEigen) -> Iterator[tuple[Tensor, Tensor
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Similarity:
+class Similarity(Record, rows="pairs", along=("pairs",)):
     """|cosine| of matched eigenvectors of different models."""
 
     cosine: Float[Tensor, "pairs classes k"]
@@ -432,7 +451,7 @@ def casper(images: ImageSet, target: Float[Tensor, "height width"], threshold: f
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Node:
+class Node(Record, held="children"):
     """One eigenvector in a recursive decomposition: it gives `value · reading²`.
 
     The reading is `pixels·x + constant` in the first layer, and above the sum over `children` plus `constant`.

@@ -3,12 +3,15 @@
 import gzip
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from bilens.tensor.records import Record
+from bilens.tensor.tables import Images
 
 Split = Literal["train", "test"]
 
@@ -16,7 +19,7 @@ HUB = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class ImageSet:
+class ImageSet(Record, rows="n", unit="images"):
     """Grey images and their classes.
 
     Args:
@@ -46,6 +49,11 @@ class ImageSet:
         low, high = (int(end) for end in self.y.aminmax())
         if low < 0 or high >= len(self.names):
             raise ValueError(f"y must lie between 0 and {len(self.names) - 1}, got labels from {low} to {high}")
+
+    def columns(self) -> dict[str, Any]:
+        """Return the images, and the names of their classes."""
+        names = [self.names[label] for label in self.y.tolist()] if self.names else self.y
+        return {"image": Images(self.x), "class": names}
 
     def __len__(self) -> int:
         return len(self.x)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -17,10 +17,12 @@ from torch import Tensor
 from .archives import find_archive, read_archive
 from .attention_only import AttentionOnly
 from .elriggs import Elriggs
+from .exporting import as_llama, tokenizer_config
 from .families import FAMILIES
 from .files import atomic_write
 from .layouts import Layout
 from .llama import Llama
+from .modelcards import model_card
 from .published import Published
 from .rotary import Rope
 from .sources import DTYPES, EMBEDDED, CheckpointError, Source, check_finite, read_json, read_tensors, read_tokenizer
@@ -28,6 +30,7 @@ from .transformer import BilinearConfig, BilinearTransformer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load(
@@ -105,7 +108,7 @@ def load(
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def save(model: BilinearTransformer, folder: str | os.PathLike[str]) -> None:
+def save(model: BilinearTransformer, folder: str | os.PathLike[str], layout: Literal["llama"] | None = None) -> None:
     """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, `tokenizer.json`.
 
     The format is the one the model came from, unknown config keys included; a new model gets the newest that can
@@ -113,26 +116,48 @@ def save(model: BilinearTransformer, folder: str | os.PathLike[str]) -> None:
     Loading it again is bit-identical. Each file is replaced atomically, nothing outside `folder` is touched; the
     `tokenizer.json` of an earlier model goes if this one has none.
 
+    With `layout="llama"` it is written as a Llama, which transformers' own classes and what stands on them read: the
+    same function, folded as `exporting.as_llama` says, with a `tokenizer_config.json`, and a `README.md` if there is
+    none. Its logits are the model's up to rounding, and loading it again gives exactly those that it was written with.
+
     Args:
         model: The model.
         folder: Where to; made if need be.
+        layout: `"llama"`, or `None` for the model's own.
 
     Raises:
-        ValueError: No published format can express the model, or a weight is not finite; nothing was written.
+        ValueError: No published format can express the model (of a layout: says which fields stand in the way), or a
+            weight is not finite; nothing was written.
     """
+    if layout not in (None, "llama"):
+        raise ValueError(f"layout must be 'llama' or None (the model's own), got {layout!r}")
     if any(block.mlp.gate is not None for block in model.blocks):
         raise ValueError("model is being annealed, which no format can express: bilens.models.annealing.fold it first")
-    layout = _layout_for(model)
+    model = model if layout is None else as_llama(model)
+    form = _layout_for(model) if layout is None else Llama(layout)
     folder = Path(folder)
-    state, config = _state(model, layout, folder), layout.config(model)
+    state, config = _state(model, form, folder), form.config(model)
     with ExitStack() as stack:  # which replaces the files once all are written
         written = {name: stack.enter_context(atomic_write(folder / name)) for name in ("config.json", WEIGHTS)}
         written["config.json"].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(state, written[WEIGHTS], {"format": "pt"})
         if model.tokenizer is not None:
             model.tokenizer.save(str(stack.enter_context(atomic_write(folder / "tokenizer.json"))))
+        for name, text in _beside(model, folder, layout).items():
+            stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")
     if model.tokenizer is None:
-        (folder / "tokenizer.json").unlink(missing_ok=True)
+        for name in ("tokenizer.json", TOKENIZER_CONFIG):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _beside(model: BilinearTransformer, folder: Path, layout: str | None) -> dict[str, str]:
+    """Return what those who read a layout look for beside config and weights; a card that is there stays."""
+    texts: dict[str, str] = {}
+    if layout is not None and model.tokenizer is not None:
+        texts[TOKENIZER_CONFIG] = json.dumps(tokenizer_config(model), indent=2) + "\n"
+    if layout is not None and not (folder / "README.md").exists():
+        texts["README.md"] = model_card(model, str(folder), layout=layout)
+    return texts
 
 
 def _read(

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bilens.tensor.records import Record
+
 from .gates import Blend
 from .layers import NoNorm
 from .mlp import ACTIVATIONS
@@ -14,7 +16,7 @@ from .transformer import BilinearTransformer
 
 
 @dataclass(frozen=True, repr=False)
-class LinearFit:
+class LinearFit(Record):
     """The linear map without offset that is nearest to a gate or a norm on captured pairs, `min_M Σ |f(x) - M x|²`.
 
     `r2` is `1 - Σ |f(x) - M x|² / Σ |f(x) - mean f|²`: 1 if the map says it all; below 0 if a constant says more.

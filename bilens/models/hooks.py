@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, TypeAlias
+from threading import current_thread, get_ident
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+
+from .cache import Cache
 
 NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -90,42 +94,35 @@ class Point(HookPoint):
             if id(handle) not in before:
                 handle.only_reads = getattr(hook, "only_reads", False)
 
+    def has_hooks(
+        self,
+        dir: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = True,
+        level: int | None = None,
+    ) -> bool:
+        """Tell whether a hook stands here, as transformer_lens does, or one of torch's own, which are of no level."""
+        if super().has_hooks(dir, including_permanent, level):
+            return True
+        if level is not None or not including_permanent:
+            return False
+        forward = dir != "bwd" and (self._forward_hooks or self._forward_pre_hooks)
+        return bool(forward or (dir != "fwd" and (self._backward_hooks or self._backward_pre_hooks)))
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation, or a copy for hooks that may edit it."""
         readers = sum(getattr(handle, "only_reads", False) for handle in self.fwd_hooks)
         return x.clone() if len(self._forward_hooks) > readers else x
 
 
-class Cache(ActivationCache):
-    """transformer_lens' cache, which refuses what it takes for granted and some models do not do."""
-
-    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
-        """Stack what each component added to the residual stream, as transformer_lens does.
-
-        Raises:
-            ValueError: The model's blocks scale the stream, so that it is not the sum of what was added to it.
-        """
-        self._check_sum()
-        return super().decompose_resid(*args, **kwargs)
-
-    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
-        """Stack what each head, MLP and the embedding added to the residual stream; errors as `decompose_resid`."""
-        self._check_sum()
-        return super().get_full_resid_decomposition(*args, **kwargs)
-
-    def _check_sum(self) -> None:
-        if self.model.cfg.stream.restart:
-            raise ValueError(
-                "the residual stream of this model is not the sum of what was added to it: its blocks scale it and mix "
-                "in its start; bilens.circuits.sources.sources splits it exactly"
-            )
-
-
 class Hooked(HookedRootModule):
     """A module with transformer_lens' interface to hooks that refuses names which no hook point has.
 
-    One module has one set of hooks: threads that hook it at the same time see each other's. Give each its own copy.
+    One module has one set of hooks, so threads that hook it at the same time would see each other's. While one has it
+    hooked (`hooks`, `run_with_hooks`, `run_with_cache`, `generate` with hooks), another that hooks it or runs it is
+    refused; hooks that `add_hook` left for good are every thread's. Give each thread a copy (`copy.deepcopy`).
     """
+
+    hooking: int | None = None  # the thread that is inside `hooks`
 
     @contextmanager
     def hooks(self, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False):
@@ -140,14 +137,16 @@ class Hooked(HookedRootModule):
 
         Raises:
             ValueError: No hook point has that name.
+            RuntimeError: Another thread has this model hooked.
         """
+        self.check_thread()
         fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
         for name, _ in (*fwd_hooks, *bwd_hooks):
             self.check_hook_name(name)
         level = self.context_level + 1
         try:
             try:
-                self.context_level = level
+                self.context_level, self.hooking = level, get_ident()
                 for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
                     for name, hook in hooks:
                         self.add_hook(name, hook, dir=direction, level=level)
@@ -161,6 +160,19 @@ class Hooked(HookedRootModule):
         if reset:
             self.reset_hooks(clear_contexts, level=level)
         self.context_level = level - 1
+        if level == 1:
+            self.hooking = None
+
+    def check_thread(self) -> None:
+        """Raise a RuntimeError if another thread has this model hooked."""
+        if self.hooking is None or torch.compiler.is_compiling():  # a graph is traced for any thread
+            return
+        if self.hooking != get_ident():
+            raise RuntimeError(
+                f"this model is hooked by another thread (it is inside hooks, run_with_hooks or run_with_cache there), "
+                f"whose hooks would see this run: thread {current_thread().name!r} needs its own copy of the model "
+                f"(copy.deepcopy)"
+            )
 
     def get_caching_hooks(self, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:
         """Return a cache and the hooks that fill it, as transformer_lens does; they are known to edit nothing."""

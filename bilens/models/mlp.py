@@ -123,6 +123,21 @@ class MLP(nn.Module):
         return self.p.weight.T
 
     @property
+    def b_gate(self) -> Float[Tensor, " hidden"]:
+        """Bias of the left factor, before the product; zero if the layer has none."""
+        return self._side_bias(0)
+
+    @property
+    def b_in(self) -> Float[Tensor, " hidden"]:
+        """Bias of the right factor (of a plain or squared layer, its only one), before the product; zero if none."""
+        return self._side_bias(-1)
+
+    def _side_bias(self, side: int) -> Tensor:
+        if self.w.bias is None:
+            return self.w.weight.new_zeros(self.config.d_hidden)
+        return self.w.bias if self.config.kind in SINGLE else self.w.bias.chunk(2)[side]
+
+    @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias, zero if the layer has none."""
         return self.p.weight.new_zeros(self.p.out_features) if self.p.bias is None else self.p.bias
@@ -141,12 +156,8 @@ class MLP(nn.Module):
                 f"only a bilinear MLP is a third-order tensor; this one is {self.config.kind} with activation "
                 f"{self.config.act!r}"
             )
-        left_bias, right_bias = (None, None) if self.w.bias is None else self._biases()
+        left_bias, right_bias = (None, None) if self.w.bias is None else (self.b_gate, self.b_in)
         return BilinearTensor.from_weights(self.down, self.left, self.right, left_bias, right_bias, self.p.bias)
-
-    def _biases(self) -> tuple[Tensor, Tensor]:
-        left, right = (self.w.bias,) * 2 if self.config.kind == "squared" else self.w.bias.chunk(2)
-        return left, right
 
 
 class NoMLP(nn.Module):

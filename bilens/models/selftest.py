@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.tensor.polynomials import degree
+from bilens.tensor.records import Record, Rows
 
 from .mlp import MLP
 from .transformer import BilinearTransformer
@@ -20,7 +21,7 @@ UNMIXED = ("bilinear", "squared")  # patterns that are products of scores
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Record):
     """What was checked, whether it holds, and what was found."""
 
     name: str
@@ -49,7 +50,7 @@ class _Bench:
 
 
 @torch.no_grad()
-def selftest(model: BilinearTransformer, generator: torch.Generator | None = None) -> list[Check]:
+def selftest(model: BilinearTransformer, generator: torch.Generator | None = None) -> Rows[Check]:
     """Check a model against what its interface promises, on random tokens and in float64.
 
     Each hook point is hit by noise: nothing that fires before it may change, and the logits must. Degrees are measured
@@ -65,7 +66,7 @@ def selftest(model: BilinearTransformer, generator: torch.Generator | None = Non
     checks = [_fires(bench), _is_read(bench), _identity(bench), _stream(bench), *_heads(bench)]
     checks += [_padded(bench), _generation(bench), *_tensors(bench)]
     checks += [*_mlp_degrees(bench), *_attention_degrees(bench), _whole_degree(bench)]
-    return checks
+    return Rows(checks)
 
 
 def _worst(name: str, differences: dict[str, float], found: str) -> Check:

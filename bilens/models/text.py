@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .logits import trained_logit_directions
+
 Text: TypeAlias = str | Sequence[str]
 Ids: TypeAlias = Tensor | np.ndarray | Sequence[Any]  # token ids of any integer type
 INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -133,6 +135,8 @@ class TextInterface:
             input, mask = self.encode(input, prepend_bos, padding_side, truncate=False)
         tokens = torch.atleast_2d(token_ids(input)).to(self.W_E.device)
         mask = self.check_mask(mask, tokens)
+        if torch.compiler.is_compiling():  # values are not known while a graph is traced
+            return tokens, mask
         if tokens.min() < 0 or tokens.max() >= self.cfg.d_vocab:
             bad = tokens[(tokens < 0) | (tokens >= self.cfg.d_vocab)][0].item()
             raise ValueError(f"input must hold token ids from 0 to {self.cfg.d_vocab - 1}, got {bad}")
@@ -150,7 +154,7 @@ class TextInterface:
         if mask.shape != (batch, seq):
             raise ValueError(f"attention_mask must have the input's shape {(batch, seq)}, got {tuple(mask.shape)}")
         mask = mask.to(input.device).bool()
-        return None if mask.all() else mask
+        return None if not torch.compiler.is_compiling() and mask.all() else mask
 
     def to_tokens(
         self, input: Text, prepend_bos: bool = True, padding_side: str = "right", truncate: bool = False
@@ -201,9 +205,13 @@ class TextInterface:
         return tokens[0]
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*batch d_model"]:
-        """Return the unembedding direction of each token (text or id): the residual direction that raises its logit."""
+        """Return the residual direction that raises each token's logit, the final norm's gain included.
+
+        Tokens are texts or ids; the directions are those of `bilens.models.logits.logit_directions`. What they read of
+        the stream, over the root mean square that the final norm divides by, is the logit, less the norm's shift.
+        """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         elif is_text(tokens):
             tokens = [self.to_single_token(token) for token in tokens]
-        return self.W_U.T[token_ids(tokens, "tokens").to(self.W_U.device)]
+        return trained_logit_directions(self, token_ids(tokens, "tokens"))

@@ -1,11 +1,10 @@
 """The hooked bilinear transformer: transformer_lens' interface and hook names on a plain `nn.Module`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -16,12 +15,15 @@ from .embedding import Embed, EmbedConfig, Unembed, UnembedConfig
 from .generation import Generation
 from .hooks import Point
 from .layers import Norm, NormConfig, make_norm
+from .lensconfig import LensConfig
+from .lensnames import LensNames
+from .losses import next_token_loss
 from .mlp import MLPConfig, make_mlp
 from .text import Ids, Text, token_ids
 
 
 @dataclass(frozen=True)
-class BilinearConfig:
+class BilinearConfig(LensConfig):
     """The shape of a `BilinearTransformer`: its sizes, and the shape of each part beside the module that it shapes."""
 
     n_layers: int
@@ -36,6 +38,9 @@ class BilinearConfig:
     unembed: UnembedConfig = field(default_factory=UnembedConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    # where a model of this shape has its weights, and their dtype: set by the model, no part of the shape
+    device: str | None = field(default=None, compare=False, repr=False, kw_only=True)
+    dtype: torch.dtype | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_ctx", "d_vocab"):
@@ -45,17 +50,10 @@ class BilinearConfig:
         if local is not None and local.layers[-1] >= self.n_layers:
             raise ValueError(f"local layers must be below n_layers={self.n_layers}, got {local.layers}")
 
-    # transformer_lens' names: its ActivationCache and other tools read them.
-    n_heads = property(lambda self: self.attention.n_heads)
-    d_head = property(lambda self: self.attention.d_head)
-    d_hidden = property(lambda self: 0 if self.mlp is None else self.mlp.d_hidden)
-    d_mlp = d_hidden
-    act_fn = property(lambda self: None if self.mlp is None else self.mlp.act)
-    normalization_type = property(lambda self: None if self.norm is None else "RMS")
-    eps = property(lambda self: None if self.norm is None else self.norm.eps)
-    attn_only = property(lambda self: self.mlp is None)
-    positional_embedding_type = "rotary"
-    device = None
+    @property
+    def d_hidden(self) -> int:
+        """Hidden units of an MLP, 0 if there is none."""
+        return self.d_mlp
 
     @property
     def start_hook(self) -> str:
@@ -68,7 +66,7 @@ class BilinearConfig:
         return self.stream.restart or self.attention.value_residual
 
 
-class BilinearTransformer(Generation):
+class BilinearTransformer(LensNames, Generation):
     """A causal language model with bilinear (or gated, or plain, or no) MLPs and rotary positions.
 
     Source: 2410.08417, section 5 and appendix G; the Llama family as in transformers. The interface is
@@ -101,7 +99,18 @@ class BilinearTransformer(Generation):
         self.unembed = Unembed(cfg.unembed, cfg.d_model, cfg.d_vocab, before_cap)
         if cfg.unembed.tied:
             self.unembed.weight = self.embed.weight
+        self._placed()
         self.setup()
+
+    def _placed(self) -> None:
+        weight = self.embed.weight
+        self.cfg = replace(self.cfg, device=str(weight.device), dtype=weight.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BilinearTransformer":
+        """Do what `to`, `cuda`, `double`, ... do; the config then says where the weights are."""
+        super()._apply(fn, recurse)
+        self._placed()
+        return self
 
     def forward(
         self,
@@ -135,6 +144,7 @@ class BilinearTransformer(Generation):
             ValueError: A token id outside the vocabulary, more tokens than the context, a mask of another shape, a loss
                 of a single token, no `tokens` where they are needed.
         """
+        self.check_thread()
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
         tokens = None if tokens is None else torch.atleast_2d(token_ids(tokens, "tokens"))
         if start_at_layer is None:
@@ -160,7 +170,7 @@ class BilinearTransformer(Generation):
             return logits
         if tokens is None:
             raise ValueError("a loss needs token ids: with start_at_layer, give them as tokens=")
-        loss = _loss(logits, tokens.to(logits.device), mask, loss_per_token)
+        loss = next_token_loss(logits, tokens.to(logits.device), mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def stream_start(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
@@ -191,6 +201,7 @@ class BilinearTransformer(Generation):
         found = super().load_state_dict(state_dict, strict, assign)
         if self.cfg.unembed.tied:  # assigning makes two parameters of it
             self.unembed.weight = self.embed.weight
+        self._placed()
         return found
 
     def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
@@ -249,17 +260,3 @@ class BilinearTransformer(Generation):
 def _unseen(norm: Norm, x: Tensor) -> Tensor:
     factor, shift = norm.linear(x)
     return factor * x + shift
-
-
-def _loss(logits: Tensor, tokens: Tensor, mask: Tensor | None, per_token: bool) -> Tensor:
-    if tokens.shape[1] < 2:
-        raise ValueError("a loss needs at least two tokens (BOS and one more), got one")
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    losses = losses.unflatten(0, tokens[:, 1:].shape)
-    weight = torch.ones_like(losses) if mask is None else (mask[:, 1:] & mask[:, :-1]).to(losses)
-    if per_token:
-        return losses * weight
-    if weight.sum() == 0:
-        raise ValueError("a loss needs two neighbouring unmasked tokens, the attention_mask leaves none")
-    return (losses * weight).sum() / weight.sum()

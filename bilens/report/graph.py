@@ -11,7 +11,9 @@ from torch import Tensor
 from bilens.circuits.attribution import Attribution
 from bilens.circuits.traces import Trace
 from bilens.models.files import atomic_write
+from bilens.models.sources import read_json
 
+LIST = "graph-metadata.json"
 FEATURE = "cross layer transcoder"  # what the format calls a node that is a feature
 
 
@@ -23,13 +25,15 @@ class _Nodes:
     links: list[dict[str, Any]]
     length: int
 
-    def add(
-        self, row: int | str, name: str | int, number: int, position: int, kind: str, clerp: str, **more: Any
-    ) -> str:
-        """Add a node unless it is there, and return its id; viewers want (row, number, position) to be unique."""
-        key = f"{row}_{name}_{position}"
+    def add(self, row: int | str, index: int, number: int, position: int, kind: str, clerp: str, **more: Any) -> str:
+        """Add a node unless it is there, and return its id.
+
+        Viewers want (row, number, position) to be unique, and read integers off the id: the row, the index in it, the
+        position.
+        """
+        key = f"{row}_{index}_{position}"
         node = {"node_id": key, "feature": number, "layer": str(row), "ctx_idx": position, "feature_type": kind}
-        node |= {"jsNodeId": f"{row}_{name}-{position}", "clerp": clerp, "run_idx": 0}
+        node |= {"jsNodeId": f"{row}_{index}-{position}", "clerp": clerp, "run_idx": 0}
         node |= {"reverse_ctx_idx": self.length - 1 - position, "is_target_logit": False, "token_prob": 0.0}
         self.nodes.setdefault(key, node | {"influence": None, "activation": None} | more)
         return key
@@ -58,7 +62,8 @@ def graph(
 
     The format is schema version 1 (`metadata`, `qParams`, `nodes`, `links`) with `layer` a row of the drawing: four
     rows to a layer l, heads in `4l`, input features in `4l + 1`, pairs in `4l + 2`, the MLP's output in `4l + 3`.
-    `feature` is circuit-tracer's pairing of row and feature; of other nodes it is a number that tells them apart.
+    `feature` is circuit-tracer's pairing of row and feature; of other nodes it is a number that tells them apart. A
+    token's node is a logit with the probability that the model gives it as the next token at that position.
     `influence` is the share of all weight that nodes of at least this weight carry together, so that a threshold keeps
     the strongest.
 
@@ -95,21 +100,39 @@ def graph(
 def write_graph(attribution: Attribution, path: str | Path, **options: Any) -> None:
     """Write `graph(attribution, **options)` as JSON; its slug is the file's name unless given.
 
+    The graph is listed in the `graph-metadata.json` beside it, from which circuit-tracer's page learns which graphs a
+    folder holds: `circuit_tracer.frontend.local_server.serve(folder)` shows them.
+
     Args:
         attribution: What `attribute` returned.
         path: Where to.
         **options: As for `graph`.
+
+    Raises:
+        ValueError: As for `graph`; or there is a `graph-metadata.json` that is no list of graphs.
     """
-    drawn = graph(attribution, **{"slug": Path(path).stem, **options})
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(drawn, indent=1, allow_nan=False), encoding="utf-8")
+    path = Path(path)
+    drawn = graph(attribution, **{"slug": path.stem, **options})
+    listed = _listed(path.with_name(LIST), drawn["metadata"])
+    for where, what in ((path, drawn), (path.with_name(LIST), listed)):
+        with atomic_write(where) as partial:
+            partial.write_text(json.dumps(what, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _listed(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the list of a folder's graphs with one more, in place of an earlier one of that slug."""
+    known = read_json(path) if path.exists() else {"graphs": []}
+    graphs = known.get("graphs")
+    if not isinstance(graphs, list) or not all(isinstance(one, dict) for one in graphs):
+        raise ValueError(f"{path} must hold a list of graphs, got {graphs!r}")
+    return known | {"graphs": [*(one for one in graphs if one.get("slug") != metadata["slug"]), metadata]}
 
 
 def _draw_position(drawn: _Nodes, found: Attribution, n: int, n_pairs: int, traced: Trace | None) -> str:
     """Add what happens at one position, and return the id of the target's node."""
     position, low = found.places.position[n].item(), 4 * found.layer + 1
     end = _draw_target(drawn, found, n)
-    bias = drawn.add(low, "bias", -2, position, "bias", "biases")
+    bias = drawn.add(low, -2, -2, position, "bias", "biases")
     error = drawn.add(low, -1, -1, position, "mlp reconstruction error", "what the input SAE does not reconstruct")
     parts = [bias, error]
     for feature, z in zip(found.features[n].tolist(), found.activations[n].tolist(), strict=True):
@@ -129,10 +152,12 @@ def _draw_target(drawn: _Nodes, found: Attribution, n: int) -> str:
     target, row = found.target, 4 * found.layer + 3
     position, value = found.places.position[n].item(), found.pre_activation[n].item()
     if target.kind == "token":
-        more = {"is_target_logit": True, "activation": value}
-        return drawn.add(row, target.index, target.index, position, "logit", target.name, **more)
+        chance = found.probability[n].item()
+        more = {"is_target_logit": True, "activation": value, "token_prob": chance}
+        clerp = f'Output "{target.word}" (p={chance:.3f})'  # which circuit-tracer's page takes apart
+        return drawn.add(row, target.index, target.index, position, "logit", clerp, **more)
     if target.kind == "direction":
-        return drawn.add(row, "direction", -1, position, FEATURE, target.name, activation=value)
+        return drawn.add(row, 0, 0, position, "direction", target.name, activation=value)
     number = _pairing(row, target.index)
     return drawn.add(row, target.index, number, position, FEATURE, target.name, activation=value)
 
@@ -149,13 +174,13 @@ def _draw_pairs(
         clerp = " × ".join(drawn.nodes[leg]["clerp"] for leg in legs)
         left, right = (int(leg.split("_")[1]) for leg in legs)
         number = left % base * base + right % base
-        pair = drawn.add(row, f"{left}x{right}", number, position, "feature pair", clerp, activation=value)
+        pair = drawn.add(row, number, number, position, "feature pair", clerp, activation=value)
         for leg in dict.fromkeys(legs):
             drawn.link(leg, pair, value / len(set(legs)))
         drawn.link(pair, end, value)
     others = table.flatten()[order[len(strongest) :]].sum().item()
     if others:
-        drawn.link(drawn.add(row, "rest", -1, position, "feature pair", "all weaker pairs"), end, others)
+        drawn.link(drawn.add(row, -1, -1, position, "feature pair", "all weaker pairs"), end, others)
 
 
 def _draw_sources(drawn: _Nodes, found: Attribution, traced: Trace, n: int, parts: list[str]) -> None:
@@ -169,12 +194,12 @@ def _draw_sources(drawn: _Nodes, found: Attribution, traced: Trace, n: int, part
         if kind == "embedding":
             keys.append(drawn.add("E", vocab, position, position, "embedding", f"embedding of {word!r}"))
         elif kind == "MLP":
-            keys.append(drawn.add(4 * int(at) + 3, "mlp", -1, position, "mlp", name))
+            keys.append(drawn.add(4 * int(at) + 3, -1, -1, position, "mlp", name))
         elif kind == "attention":
-            keys.append(drawn.add("E", "attention-biases", -1, position, "bias", name))
+            keys.append(drawn.add("E", -1, -1, position, "bias", name))
         else:
             block, head = map(int, at.split("."))
-            keys.append(drawn.add(4 * block, f"head{head}", head, position, "attention head", name))
+            keys.append(drawn.add(4 * block, head, head, position, "attention head", name))
     for i, feature in enumerate(parts[2:]):
         for key, weight in zip(keys, traced.values[n, i].tolist(), strict=True):
             drawn.link(key, feature, weight)

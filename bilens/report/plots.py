@@ -1,16 +1,40 @@
-"""Figures of circuits: one output feature, its test, and the paths of a layer."""
+"""Figures of circuits: one output feature, its test, the paths of a layer; and `of` any record."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.circuits.attending import Attending
 from bilens.circuits.bigrams import Bigram
+from bilens.circuits.controls import Edit
+from bilens.circuits.couplings import CouplingTest
+from bilens.circuits.findings import Finding
+from bilens.circuits.lowrank import LowRank
+from bilens.circuits.modifying import Modification
+from bilens.circuits.negating import Negation
+from bilens.circuits.paths import Paths
+from bilens.circuits.spectral import Prediction
+from bilens.circuits.steering import Steering
+from bilens.circuits.terms import Terms
+from bilens.circuits.trial import CircuitTest
+from bilens.circuits.turning import FlipTest
+from bilens.images.adversarial import Attack
+from bilens.images.reading import ClassEigen, Explanation, Similarity, Truncation
+from bilens.tensor.decompositions import Eigen
+from bilens.tensor.defaults import Modified
+from bilens.tensor.factorizations import CP, HOSVD
+from bilens.tensor.polynomials import Degree
+from bilens.tensor.spectra import Eigenspace
+from bilens.tensor.tables import Tabular
 
+from . import imageplots, tensorplots
 from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, bars, draw, rounded, shaded, short
+from .generic import table
 from .labels import Box, place, size
 
 
@@ -240,3 +264,104 @@ def bigrams(token: str, found: Sequence[Bigram]) -> go.Figure:
         found: As `paths.bigrams` returns them.
     """
     return bars({one.token: one.score for one in found}, f"What {token!r} predicts by itself", "logit")
+
+
+def steering(found: Steering) -> go.Figure:
+    """Draw log-odds by the amount of the feature that is added, and the range of random directions (grey).
+
+    Args:
+        found: What adding the feature does.
+    """
+    amounts = list(found.amounts)
+    band = shaded(amounts, rounded(found.controls.amin(0)), rounded(found.controls.amax(0)))
+    hover = "amount %{x:.3g}: %{y:.3f}<extra></extra>"
+    line = go.Scatter(
+        x=amounts, y=rounded(found.log_odds), mode="lines+markers", line={"color": POSITIVE}, hovertemplate=hover
+    )
+    title = f"Steering with {found.side} feature {found.feature}"
+    return draw(*band, line, title=title, xaxis_title="amount added", yaxis_title="log-odds")
+
+
+def flips(found: FlipTest) -> go.Figure:
+    """Draw the share of minimal pairs that flip: as the model is, without the circuit, and with each control.
+
+    Args:
+        found: What taking the circuit out does.
+    """
+    shares = {"as it is": found.before, "without the circuit": found.after, **found.by_place}
+    for name in ("controls", "matched"):
+        shares |= {f"{name} {index}": one for index, one in enumerate(getattr(found, name), 1)}
+    values = {name: one.all for name, one in shares.items()}
+    return bars(values, "Minimal pairs that flip", "share", marked=["without the circuit"])
+
+
+def of(record: Tabular) -> go.Figure:
+    """Draw a record: the figure that its kind has here, else its numbers by the names of its rows.
+
+    Args:
+        record: What a function of bilens returned, or a list of terms, checks, ... that one returned.
+
+    Raises:
+        ValueError: The record holds no numbers.
+        TypeError: It is no record.
+    """
+    if not isinstance(record, Tabular):
+        raise TypeError(f"record must be a result of bilens, got {type(record).__name__}")
+    kinds = [kind for kind in type(record).__mro__ if kind in _FIGURES]
+    return _FIGURES[kinds[0]](record) if kinds else table(record)
+
+
+def _spectrum(found: Eigen) -> go.Figure:
+    """Plot the eigenvalues of one matrix; of several the numbers alone."""
+    return spectrum(found.values) if found.values.ndim == 1 else table(found)
+
+
+def _low_rank(found: LowRank) -> go.Figure:
+    return low_rank(found.k, tuple(found.pearson_active), tuple(found.pearson))
+
+
+def _changes(found: Edit | CouplingTest | FlipTest) -> go.Figure:
+    return predicted_measured(found.predicted, found.measured, f"{type(found).__name__}: change by the edit")
+
+
+def _prediction(found: Prediction) -> go.Figure:
+    return prediction(found.actual, found.predicted, f"Predicted: r = {found.pearson_active:.3f} where active")
+
+
+def _similarity(found: Similarity) -> go.Figure:
+    """Plot similarity by rank; with intervals if there are the three models that these need."""
+    models = {number for pair in found.pairs for number in pair}
+    return imageplots.similarity({"models": found}) if len(models) > 2 else table(found)
+
+
+def _numbered(found: ClassEigen | Explanation) -> list[str]:
+    """Name classes by number: images' records do not know their names."""
+    return [str(index) for index in range(len(found))]
+
+
+_FIGURES: dict[type, Callable[[Any], go.Figure]] = {
+    Eigen: _spectrum,
+    Eigenspace: lambda found: spectrum(found.values, found.dim),
+    HOSVD: lambda found: tensorplots.hosvd(found, min(3, found.rank)),
+    CP: lambda found: tensorplots.cp_cosines([found]),
+    Degree: lambda found: tensorplots.residuals({"function": found}),
+    Modified: tensorplots.modified,
+    Modification: lambda found: tensorplots.modified(found.modified, found.names),
+    Terms: lambda found: table(found.top(20)),
+    Attending: lambda found: table(found.top(20)),
+    Prediction: _prediction,
+    LowRank: _low_rank,
+    Edit: _changes,
+    CouplingTest: _changes,
+    FlipTest: _changes,
+    CircuitTest: lambda found: _changes(found.edits["pair"]),
+    Negation: lambda found: table(found.behaviour) if found.test is None else flips(found.test),
+    Finding: lambda found: spectrum(found.values),
+    Paths: lambda found: path_shares(found.shares()),
+    Steering: steering,
+    ClassEigen: lambda found: imageplots.class_eigenvectors(found, _numbered(found)),
+    Explanation: lambda found: imageplots.explanation_images(found, _numbered(found)),
+    Truncation: lambda found: imageplots.truncation({"model": found}),
+    Similarity: _similarity,
+    Attack: imageplots.attack,
+}

@@ -4,10 +4,10 @@ Everything is counted on text or read off the weights; no language model writes 
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bilens.models.files import atomic_write, fingerprint
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.records import Record, tabular
+from bilens.tensor.tables import Made
 
 from .naming import WIDEST, Label, label_of, word
 from .peaks import Contexts
@@ -28,6 +30,7 @@ _TELLS = 0.6  # AUROC from which a label names a group
 _MOST = 0.6  # share of a group that must have the role which names it
 
 
+@tabular()
 class Card(NamedTuple):
     """All that is known of one feature."""
 
@@ -44,8 +47,8 @@ class Card(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FeatureCards:
-    """The cards of all features of one SAE; `cards[feature]` is one of them.
+class FeatureCards(Record, rows="feature"):
+    """The cards of all features of one SAE; `cards[feature]` is one of them, by its number, also in a slice.
 
     `effects` are direct logit effects: what activation 1 adds to a token's logit through the final norm's gain and the
     unembedding, less the mean over the vocabulary, per unit of the final norm's scale (2410.08417, section 5.1 reads
@@ -64,22 +67,48 @@ class FeatureCards:
     provenance: dict[str, str]  # hashes of model, SAE and texts, and how many texts
     model: BilinearTransformer  # owner of the tokenizer
     roles: RoleScores | None = None  # what text tells of roles, where it was asked
+    features: Sequence[int] | None = None  # those of a slice; all if None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The numbers of the features whose cards these are."""
+        return range(len(self.mean)) if self.features is None else self.features
+
+    def columns(self) -> dict[str, Any]:
+        """Return number, name, how often and how strongly each is active, and the AUROC for each label."""
+        some, which = self.numbers, torch.tensor(self.numbers)
+        found = {"feature": which, "name": Made(self.name, some), "density": self.contexts.density[which]}
+        told = {f"auroc_{label}": self.auroc[which, index] for index, label in enumerate(self.labels)}
+        words = Made(lambda feature: ", ".join(self._promoted(feature)), some)
+        return (
+            found | {"mean": self.mean[which]} | told | {"promotes": words, "histogram": self.histogram[which].float()}
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return the hook point, and what the cards were made of."""
+        return {"hook": self.hook, "texts": self.provenance["texts"]}
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Card]:
+        return map(self.__getitem__, self.numbers)
 
     def __repr__(self) -> str:
         told = f", labels {', '.join(self.labels)}" if self.labels else ""
         return f"FeatureCards({self.hook}, {len(self)} features, {self.provenance['texts']} texts{told})"
 
-    def __getitem__(self, feature: int) -> Card:
-        """Return one feature's card.
+    def __getitem__(self, feature: Any) -> Any:
+        """Return one feature's card by its number, or the cards of some by a slice, a mask or numbers.
 
         Raises:
             IndexError: No such feature.
         """
-        if not 0 <= feature < len(self):
-            raise IndexError(f"feature must lie between 0 and {len(self) - 1} ({self.hook}), got {feature}")
+        if not isinstance(feature, int):
+            return replace(self, features=tuple(torch.tensor(self.numbers)[feature].tolist()))
+        if feature not in self.numbers:
+            first, last = (self.numbers[0], self.numbers[-1]) if len(self) else (0, -1)
+            raise IndexError(f"feature must lie between {first} and {last} ({self.hook}), got {feature}")
         words = map(self.model.tokenizer.id_to_token, self.tokens[feature].tolist())
         effects = dict(zip(words, self.effects[feature].tolist(), strict=True))
         n = int((self.contexts.tokens[feature, :, self.contexts.peak] >= 0).sum())
@@ -239,7 +268,7 @@ class FeatureCards:
         """Read the cards stored beside an SAE, by the same arguments as `bilens.saes.load`.
 
         Args:
-            name: `"bilens-mini"`, or a folder with one subfolder per hook point.
+            name: As for `load`: `"bilens-mini"`, a folder or a Hub repository.
             hook: The hook point.
             model: Owner of the tokenizer.
 
@@ -247,7 +276,7 @@ class FeatureCards:
             FileNotFoundError: No SAE, or none with cards.
             ValueError: The cards are of another model.
         """
-        return read_cards(sae_folder(name, hook) / FILE, model)
+        return read_cards(sae_folder(name, hook, (FILE,)) / FILE, model)
 
 
 def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:

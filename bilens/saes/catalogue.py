@@ -1,25 +1,25 @@
 """What SAEs a folder, a Hub repository or a SAELens release holds."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bilens.models.sources import EMBEDDED, Source, read_json
+from bilens.tensor.records import Record
 
 from .directions import here
 from .listing import list_files
-from .stored import SAE, SCOPE_FILES, load_release, load_scope, releases, scope_hook
+from .stored import FOLDER, LENS_FILES, SAE, SCOPE_FILES, load_release, load_scope, releases, scope_hook
 
 _SCOPE = re.compile(r"(?P<layer>\d+)-(?P<point>[a-z-]+?)-x(?P<expansion>\d+)-k(?P<k>\d+)(?:-(?P<tag>.+))?")
 _HOOK = re.compile(r"blocks\.\d+\.(?:ln\d\.|attn\.|mlp\.)?hook_\w+")
-_LENS_FILES = ("cfg.json", "sae_weights.safetensors")
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Record, tells=("layer", "point")):
     """One SAE that is stored somewhere, and what is known of it without its weights; `None` is unknown."""
 
     where: str
@@ -51,6 +51,15 @@ class Stored:
         root = None if self.layout == "release" else _source(self.where, self.revision).folder
         return None if root is None else root / self.name
 
+    def beside(self, file: str) -> Path | None:
+        """Return a file that lies beside it, fetched if need be; None if there is none."""
+        source = None if self.layout == "release" else _source(self.where, self.revision)
+        if source is None or (source.folder is None and self.layout != "saelens"):
+            return None  # those who publish in the other layouts have no such files
+        if source.folder is None:
+            source.file(f"{self.name}/{LENS_FILES[0]}")  # so that both are of one state of the repository
+        return source.optional(f"{self.name}/{file}")
+
     def load(self) -> SAE:
         """Load it.
 
@@ -63,25 +72,16 @@ class Stored:
         source = _source(self.where, self.revision)
         if self.layout == "scope":
             return load_scope(self.where if source.folder is None else source.folder, self.name, revision=self.revision)
-        config, _ = (source.file(f"{self.name}/{file}") for file in _LENS_FILES)
+        config, _ = (source.file(f"{self.name}/{file}") for file in LENS_FILES)
         return SAE.load_from_disk(config.parent, device="cpu").eval()
 
 
 @dataclass(frozen=True, repr=False)
-class Catalogue(Sequence[Stored]):
+class Catalogue(Record, Sequence[Stored], held="saes"):
     """The SAEs that there are, by layer and place; prints as a table."""
 
     where: str
     saes: tuple[Stored, ...]
-
-    def __len__(self) -> int:
-        return len(self.saes)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.saes[index]
-
-    def __iter__(self) -> Iterator[Stored]:
-        return iter(self.saes)
 
     def __repr__(self) -> str:
         head = ("name", "layer", "point", "kind", "expansion", "k", "tag", "size")
@@ -112,14 +112,14 @@ def catalogue(repo: str | Path, revision: str | None = None) -> Catalogue:
     if not _is_folder(repo) and "/" not in str(repo):
         return _release(str(repo), revision)
     source = _source(repo, revision)
-    files, where = list_files(source, (*SCOPE_FILES, *_LENS_FILES))
+    files, where = list_files(source, (*SCOPE_FILES, *LENS_FILES))
     folders = {str(Path(file).parent) for file in files}
     found = []
     for name in sorted(folders, key=_natural):
         if all(f"{name}/{file}" in files for file in SCOPE_FILES) and _SCOPE.fullmatch(name):
             found.append(scope_record(str(repo), name, revision, files[f"{name}/{SCOPE_FILES[1]}"]))
-        elif all(f"{name}/{file}" in files for file in _LENS_FILES):
-            found.append(_lens_record(source, str(repo), name, files[f"{name}/{_LENS_FILES[1]}"]))
+        elif all(f"{name}/{file}" in files for file in LENS_FILES):
+            found.append(_lens_record(source, str(repo), name, files[f"{name}/{LENS_FILES[1]}"]))
     return Catalogue(where, tuple(sorted(found, key=_order)))
 
 
@@ -135,7 +135,7 @@ def scope_record(where: str, name: str, revision: str | None, size: int | None =
 
 def _lens_record(source: Source, where: str, name: str, size: int | None) -> Stored:
     """Return what the config of an SAE of SAELens says."""
-    config = read_json(source.file(f"{name}/{_LENS_FILES[0]}"))
+    config = read_json(source.file(f"{name}/{LENS_FILES[0]}"))
     about = config | config.get("metadata", {})
     hook = here(about.get("hook_name") or about.get("hook_point"))
     hook_out = here(about.get("hook_name_out")) or hook
@@ -161,8 +161,8 @@ def _release(name: str, revision: str | None) -> Catalogue:
 def _source(repo: str | Path, revision: str | None) -> Source:
     """Return a place; what a model's folder has in its folder `saes` is meant where there is one."""
     source = Source.find(repo, revision)
-    if source.folder is not None and (source.folder / "saes").is_dir():
-        return Source(source.name, source.folder / "saes", None)
+    if source.folder is not None and (source.folder / FOLDER).is_dir():
+        return Source(source.name, source.folder / FOLDER, None)
     return source
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, layer_of, observed
+from bilens.tensor.records import Record
 
 from .directions import hook_of
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from .stored import SAE
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Record, tells=("recovered", "recovered_mean")):
     """How well an SAE stands in for the activations at its hook point."""
 
     fvu: float  # Σ‖x - x̂‖² / Σ‖x - mean(x)‖², over the whole dataset

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import SAE, TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -21,6 +21,7 @@ from bilens.models.files import atomic_write, fingerprint
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, observed
 
+from .kinds import KINDS, finished, untrained
 from .stored import load, save
 
 
@@ -87,14 +88,17 @@ class Recipe:
     """What SAEs to fit, and how."""
 
     expansion: int = 4  # features per dimension of the activation
-    k: int = 32  # active features per position
+    k: int = 32  # active features per position, on average where the kind is not topk
     tokens: int = 4_000_000  # activations to train on, per SAE
     batch: int = 2048  # activations per step
     lr: float = 1e-3  # Adam's peak rate; warmed up over 5 % of the steps, decayed linearly over the last 40 %
     seed: int = 0  # of the initial weights and the order of the activations: a number, to resume from
     autocast: bool = False  # bfloat16 matrix products: about twice as fast on recent CPUs
+    kind: str = "topk"  # or batchtopk, matryoshka, jumprelu: SAELens' training classes
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name in ("expansion", "k", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -110,11 +114,12 @@ def fit(
     recipe: Recipe = Recipe(),
     n_checkpoints: int = 10,
 ) -> dict[str, SAE]:
-    """Fit top-k SAEs at several hook points from one activation stream, with SAELens' trainer.
+    """Fit SAEs at several hook points from one activation stream, with SAELens' trainer.
 
     `x̂ = W_dec TopK(ReLU(W_enc (x - b_dec) + b_enc)) + b_dec` (2410.08417, appendix G; auxiliary loss for dead features
-    as in SAELens). The decoder ends with unit rows. Progress is shown; killed, the same call resumes at the last
-    checkpoint under `folder`; finished, it loads what is there. Torch's own random numbers go on as if it had not run.
+    as in SAELens), or another `kind` of the recipe. The decoder ends with unit rows. Progress is shown; killed, the
+    same call resumes at the last checkpoint under `folder`; finished, it loads what is there. Torch's own random
+    numbers go on as if it had not run.
 
     Args:
         model: The model, in eval mode.
@@ -140,7 +145,7 @@ def fit(
     settings = {"hooks": list(hooks), **asdict(recipe), "model": fingerprint(model), "data": _hash(windows)}
     if all((folder / hook / "cfg.json").exists() for hook in hooks):
         saes = {hook: load(folder, hook).to(device) for hook in hooks}
-        if any(sae.cfg.metadata.settings != settings for sae in saes.values()):
+        if any({"kind": "topk"} | sae.cfg.metadata.settings != settings for sae in saes.values()):
             raise ValueError(f"folder {folder} holds SAEs fitted with other data or arguments; give another one")
         return saes
     with torch.random.fork_rng(devices=[]):  # SAELens draws initial weights from torch's own generator
@@ -172,10 +177,7 @@ def _trainer(
 ) -> MultiSAETrainer:
     """Set SAELens' trainer up, at the start or at the newest complete checkpoint."""
     d_in, steps = model.cfg.d_model, recipe.tokens // recipe.batch
-    saes = {
-        _key(hook): TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=recipe.expansion * d_in, k=recipe.k))
-        for hook in stream.hooks
-    }
+    saes = {_key(hook): untrained(recipe.kind, d_in, recipe.expansion * d_in, recipe.k, steps) for hook in stream.hooks}
     config = SAETrainerConfig(
         total_training_samples=steps * recipe.batch,
         train_batch_size_samples=recipe.batch,
@@ -203,7 +205,7 @@ def _trainer(
     saved = sorted(checkpoints.glob("*/complete.json"), key=lambda path: int(path.parent.name))
     if not saved:
         _start_at_the_mean(trainer, next(stream()))
-    elif json.loads(saved[-1].read_text()) != settings:
+    elif {"kind": "topk"} | json.loads(saved[-1].read_text()) != settings:
         raise ValueError(f"folder {checkpoints} holds checkpoints of a run with other data or arguments; delete it")
     else:
         _resume(trainer, saved[-1].parent, recipe.batch)
@@ -230,13 +232,7 @@ def _start_at_the_mean(trainer: MultiSAETrainer, sample: Mapping[str, Tensor]) -
 
 
 @torch.no_grad()
-def _finish(trained: TopKTrainingSAE, model: BilinearTransformer, hook: str, settings: dict[str, Any]) -> TopKSAE:
-    """Turn a trained SAE into an inference one with unit decoder rows."""
-    trained.fold_W_dec_norm()
-    metadata = SAEMetadata(
-        hook_name=hook, context_size=model.cfg.n_ctx, prepend_bos=True, settings=settings, model_name="bilens"
-    )
-    cfg = TopKSAEConfig(d_in=trained.cfg.d_in, d_sae=trained.cfg.d_sae, k=trained.cfg.k, metadata=metadata)
-    sae = TopKSAE(cfg).to(trained.W_dec.device)
-    sae.load_state_dict({name: weight.detach().clone() for name, weight in trained.state_dict().items()})
-    return sae.eval()
+def _finish(trained: TrainingSAE, model: BilinearTransformer, hook: str, settings: dict[str, Any]) -> SAE:
+    """Turn a trained SAE into an inference one that says where it belongs."""
+    about = {"hook_name": hook, "context_size": model.cfg.n_ctx, "prepend_bos": True, "model_name": "bilens"}
+    return finished(trained, SAEMetadata(**about, settings=settings))

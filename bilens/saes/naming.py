@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows
+from bilens.tensor.records import Record
 
 from .peaks import Contexts
 from .roles import ROLES
@@ -28,7 +29,7 @@ _CUE = 0.7  # share of the strongest contexts that a word before must have
 
 
 @dataclass(frozen=True)
-class Label:
+class Label(Record):
     """What a feature is called, and the rule on text that this states.
 
     The rule is a role; or, without one, a token at the position (`at`) or up to `reach` before it (`after`).

@@ -1,8 +1,8 @@
 """Where the features of an SAE are most active: short contexts, and names made of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, observed
+from bilens.tensor.records import Record
+from bilens.tensor.tables import Made
 
 from .directions import hook_of
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contexts:
+class Contexts(Record, rows="feature"):
     """Where each feature of an SAE is most active: short token windows, and the activation at each token.
 
     The window's peak is at `peak`; padding is token -1.
@@ -28,6 +30,22 @@ class Contexts:
     values: Float[Tensor, "feature n width"]
     density: Float[Tensor, " feature"]  # fraction of the positions at which the feature is active
     peak: int
+    model: BilinearTransformer | None = None  # owner of the tokenizer, where it is known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the model."""
+        return self.__dict__ | {"model": None}
+
+    def columns(self) -> dict[str, Any]:
+        """Return how often each feature is active, its largest activation, and the window where that is."""
+        found = {"density": self.density, "largest": self.values[:, 0, self.peak]}
+        if self.model is not None:
+            found["context"] = Made(lambda feature: self.snippet(feature, 0, self.model), range(len(self)))
+        return found | {"activations": self.values[:, 0]}
+
+    def facts(self) -> dict[str, Any]:
+        """Return how many windows there are for each feature."""
+        return {"windows": self.tokens.shape[1]}
 
     def __repr__(self) -> str:
         return f"Contexts({len(self.tokens)} features, {self.tokens.shape[1]} windows of {self.tokens.shape[2]} tokens)"
@@ -135,7 +153,7 @@ def contexts(
     found = ContextTally.empty(sae.cfg.d_sae, n)
     for _, some, seen in observed(model, Windows.of(model, dataset), [hook], batch):
         found.add(some, sae.encode(seen[hook].to(sae.W_dec)))
-    return found.contexts()
+    return replace(found.contexts(), model=model)
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from bilens.models.transformer import BilinearTransformer
 from .cards import FILE, FeatureCards, read_cards
 from .catalogue import Catalogue, Stored, catalogue, scope_record
 from .shelf import cached_cards
-from .stored import SAE
+from .stored import FOLDER, SAE
 
 BEFORE = ("hook_mlp_in", "ln2.hook_normalized", "hook_resid_mid")
 BEHIND = "hook_mlp_out"
@@ -33,7 +33,7 @@ def pick(repo: str | Path, name: str | None, hooks: Sequence[str], side: str, re
         return _checked(known, hooks, side)  # what the name says; whether it is there shows when it is loaded
     there = catalogue(repo, revision)
     if name is not None:
-        found = [one for one in there if one.name == name]
+        found = [one for one in there if one.name in (name, f"{FOLDER}/{name}")]
         if not found:
             raise FileNotFoundError(f"{side} must name one of the SAEs that there are, got {name!r}\n{there}")
         return _checked(found[0], hooks, side)
@@ -95,5 +95,5 @@ def stored_cards(one: Stored, model: BilinearTransformer, sae: SAE) -> FeatureCa
     Raises:
         ValueError: They are of another model.
     """
-    path = None if one.folder is None else one.folder / FILE
-    return read_cards(path, model) if path is not None and path.exists() else cached_cards(model, sae)
+    path = one.beside(FILE)
+    return cached_cards(model, sae) if path is None else read_cards(path, model)

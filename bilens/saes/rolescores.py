@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bilens.models.windows import Windows
+from bilens.tensor.records import Record, tabular
 
 from .roles import ROLES
 
@@ -17,6 +18,7 @@ WHOLE = (0.8, 0.5)  # AUROC and share from which a feature is the detector of a 
 PART = 0.6  # share beyond chance from which a feature is for a part of a role
 
 
+@tabular()
 class Role(NamedTuple):
     """A role that a feature has been found to have."""
 
@@ -26,6 +28,7 @@ class Role(NamedTuple):
     base: float  # of the positions that have the role
 
 
+@tabular(rows="feature")
 class TokenShares(NamedTuple):
     """The tokens that most of a feature's activation lies at, or after, beyond how frequent they are."""
 
@@ -34,8 +37,8 @@ class TokenShares(NamedTuple):
     base: Float[Tensor, "feature n"]  # of the positions
 
 
-@dataclass(frozen=True, eq=False)
-class RoleScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class RoleScores(Record, rows="feature", along=("at", "after")):
     """What text tells of the features' roles."""
 
     places: dict[str, int]  # positions of each role
@@ -44,6 +47,14 @@ class RoleScores:
     share: Float[Tensor, "feature role"]
     at: TokenShares
     after: TokenShares
+
+    def columns(self) -> dict[str, Any]:
+        """Return the AUROC of each feature for each role."""
+        return dict(zip(self.places, self.auroc.T, strict=True))
+
+    def facts(self) -> dict[str, Any]:
+        """Return how many positions have each role, and how many there are."""
+        return {"positions": self.positions, "places": self.places}
 
     def best(self, feature: int, lift: float = PART) -> Role | None:
         """Return the role that a feature has, if any.

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.tensor.records import tabular
+
 if TYPE_CHECKING:  # sae_lens takes seconds to import, and nothing here needs it
     from .stored import SAE
 
@@ -18,6 +20,7 @@ _UNREADABLE = {  # what is not in an SAE, so that its features cannot be compute
 }
 
 
+@tabular()
 class Scale(NamedTuple):
     """What an SAE divides by when it reads, and multiplies by when it writes, at each position.
 

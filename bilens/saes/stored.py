@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bilens.models.files import atomic_write
-from bilens.models.sources import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
+from bilens.models.sources import CheckpointError, Source, read_json, read_safetensors
 
 from .arrays import ArraySAE  # noqa: F401 - SAELens must know the kind to load one
 from .listing import list_files
 
 SCOPE_FILES = ("config.json", "model.safetensors")
+LENS_FILES = ("cfg.json", "sae_weights.safetensors")  # of SAELens
+FOLDER = "saes"  # where they lie in the folder or repository of a model
 POINTS = {  # names of the published layout, and what they are called here
     "resid-pre": "hook_resid_pre",
     "resid-mid": "hook_resid_mid",
@@ -150,28 +152,54 @@ def _no_sae(name: str, where: str | Path, names: Sequence[str]) -> str:
     return f"{where} has no SAE {name!r}; it has {len(names)}, the nearest: {', '.join(near) or 'none'}"
 
 
-def load(name: str | Path, hook: str) -> SAE:
-    """Load an SAE in SAELens' own format: of the embedded model, or of a folder that `fit` wrote.
+def load(name: str | Path, hook: str, *, revision: str | None = None) -> SAE:
+    """Load an SAE in SAELens' own format: of the embedded model, a folder that `fit` wrote, or a model's own.
 
     Args:
-        name: `"bilens-mini"`, or a folder with one subfolder per hook point.
+        name: `"bilens-mini"`; a folder with one subfolder per hook point, or with such a folder `saes` in it, as
+            `publish` writes; or a Hub repository laid out like one, as `push_to_hub` makes.
         hook: The hook point, e.g. `"blocks.2.hook_mlp_out"`.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: No such place, or no SAE of that hook point in it.
     """
-    folder = sae_folder(name, hook)
+    folder = sae_folder(name, hook, revision=revision)
     return SAE.load_from_disk(folder, device="cpu").eval()
 
 
-def sae_folder(name: str | Path, hook: str) -> Path:
-    """Return the folder that holds the SAE of a hook point.
+def sae_folder(name: str | Path, hook: str, files: Sequence[str] = LENS_FILES, *, revision: str | None = None) -> Path:
+    """Return the folder on this machine that holds the SAE of a hook point.
+
+    Args:
+        name: As for `load`.
+        hook: The hook point.
+        files: What is fetched from the Hub; the folder may hold more.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
         FileNotFoundError: There is none; the message lists those there are.
     """
-    root = assets() / "saes" if name == EMBEDDED else Path(name)
-    if not (root / hook / "cfg.json").is_file():
-        there = sorted(path.parent.name for path in root.glob("*/cfg.json"))
+    source = Source.find(name, revision)
+    if source.folder is None:
+        return _on_hub(source, hook, files)
+    root = source.folder / FOLDER if (source.folder / FOLDER).is_dir() else source.folder
+    if not (root / hook / LENS_FILES[0]).is_file():
+        there = sorted(path.parent.name for path in root.glob(f"*/{LENS_FILES[0]}"))
         raise FileNotFoundError(f"{root} has no SAE for {hook!r}; it has {', '.join(there) or 'none'}")
     return root / hook
+
+
+def _on_hub(source: Source, hook: str, files: Sequence[str]) -> Path:
+    """Return the folder of an SAE in the cache, with those of its files that there are."""
+    for inside in (f"{FOLDER}/{hook}", hook):
+        config = source.optional(f"{inside}/{LENS_FILES[0]}")
+        if config is not None:
+            for file in files:
+                source.optional(f"{inside}/{file}")
+            return config.parent
+    there = sorted(Path(file).parent.name for file in list_files(source, (f"/{LENS_FILES[0]}",))[0])
+    raise FileNotFoundError(f"{source.name} has no SAE for {hook!r}; it has {', '.join(there) or 'none'}")
 
 
 def load_release(release: str, name: str) -> SAE:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.models.logits import written_logits
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import layer_of
 
@@ -38,7 +39,7 @@ def residual_writers(model: BilinearTransformer, sae: "SAE", hook: str | None = 
 
 def logit_effects(model: BilinearTransformer, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
     """Return what directions of the residual stream add to the logits: see `FeatureCards`."""
-    effects = (rows * model.ln_final.affine(rows)[0].detach()) @ model.W_U.detach().to(rows)
+    effects = written_logits(model, rows)
     return effects - effects.mean(1, keepdim=True)
 
 

@@ -8,6 +8,10 @@ from . import interactions as interactions
 from . import outputs as outputs
 from . import polynomials as polynomials
 from . import products as products
+from . import records as records
 from . import spectra as spectra
 from . import statistics as statistics
+from . import tables as tables
 from . import toys as toys
+from .records import Record as Record
+from .records import Rows as Rows

@@ -11,12 +11,13 @@ from tqdm import tqdm
 from .bilinear import BilinearTensor, with_constant
 from .matrices import Matrices, check_directions, check_finite
 from .precision import working_dtype
+from .records import Record
 
 MATRIX_BYTES = 2**26  # interaction matrices held at once
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Eigen:
+class Eigen(Record, rows="k", unit="eigenvectors"):
     """Eigenvalues and unit eigenvectors of interaction matrices, strongest |value| first: `values, vectors = ...`.
 
     Its rows are the pairs: `len(found)` is k, `found[:5]` the five strongest of each direction, `found[0]` the value

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .bilinear import BilinearTensor, homogeneous
+from .records import Record
 
 Method = Literal["svd", "ica"]
 Side = Literal["left", "right"]
@@ -15,7 +16,7 @@ _RANK = 1e-10  # singular values below this, relative to the largest, are roundi
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FactorFeatures:
+class FactorFeatures(Record, rows="feature"):
     """Features of one factor of a layer, strongest first: `factor x = mean + Σ_i (readers_i·x + offsets_i) patterns_i`.
 
     Exactly so if there are as many as the factor has rank on the inputs, else up to what the weaker ones carry.
@@ -53,7 +54,7 @@ class FactorFeatures:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Modified:
+class Modified(Record, rows="k", unit="features"):
     """The default features that one input feature modifies most, most first.
 
     One unit of the input feature adds `written_i` to the output for each unit of default feature i. `gain_i` is how

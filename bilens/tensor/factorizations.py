@@ -1,7 +1,7 @@
 """Factorisations of a whole layer into few parts, without a choice of output direction; each goes back to a layer."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,8 @@ from tqdm import tqdm
 from .bilinear import BilinearTensor
 from .decompositions import Eigen, eigen
 from .matrices import output_gram
+from .records import Record
+from .tables import sliced, taken
 
 _SCALE = 1e6  # of the objective: torch's L-BFGS ignores curvature below 1e-10
 _CHUNK = 10  # iterations between looks at the progress
@@ -18,7 +20,7 @@ _NOISE = 1e-3  # relative; what the first start is moved by
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class HOSVD:
+class HOSVD(Record, rows="rank", unit="directions"):
     """The strongest output directions of a layer, `B ≈ Σ_i σ_i u_i ⊗ Q_i`, and the interaction matrix of each.
 
     `core` reads the layer along the directions: `core.matrix(e_i) = σ_i Q_i = Σ_o u_io B_o`, of Frobenius norm `σ_i`.
@@ -36,6 +38,15 @@ class HOSVD:
         """Number of directions kept."""
         return len(self.singular)
 
+    def __getitem__(self, which: Any) -> Any:
+        """Return the decomposition with some of its directions, and the error that these leave; or one row."""
+        if isinstance(which, int):
+            return super().__getitem__(which)
+        cut = sliced(self, which)
+        core = replace(self.core, down=taken(self.core.down, 0, which))
+        left = 1 - (cut.singular.square().sum() / self.spectrum.square().sum()).item()
+        return replace(cut, core=core, error=max(0.0, left) ** 0.5)
+
     def matrices(self) -> Float[Tensor, "rank inp inp"]:
         """Return the interaction matrices `σ_i Q_i`: `rank · inp²` numbers."""
         return self.core.dense()
@@ -50,7 +61,7 @@ class HOSVD:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CP:
+class CP(Record, tells=("rank", "error", "weights")):
     """A layer as few rank-one terms, `B ≈ Σ_r down_r ⊗ sym(left_r ⊗ right_r)`, the heaviest first.
 
     `left` and `right` have unit rows, the largest entry of each positive; the norms of `down`'s columns are the weights

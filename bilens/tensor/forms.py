@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .bilinear import BilinearTensor
+from .records import tabular
 
 
+@tabular(rows="k")
 class Singular(NamedTuple):
     """The k largest singular values of a matrix in factors, and their vectors as unit rows."""
 

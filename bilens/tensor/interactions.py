@@ -6,10 +6,10 @@ float64 (`coefficients`).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,20 +19,17 @@ from torch import Tensor
 from .bilinear import BilinearTensor
 from .coefficients import Coefficients
 from .precision import SCREENS, fastest, product_rates
+from .records import Record
 from .scaled import Scaled
 from .screening import run
 from .search import Search, Wanted
 from .sharding import check_group, gather, of_the_first, share, share_tally
 from .state import State
-
-if TYPE_CHECKING:
-    import pandas
-
-_SHOWN = 10  # rows in a notebook
+from .tables import sliced
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Record):
     """What was done to make a ranking exact.
 
     `screened` coefficients were computed in `dtype`, chosen by `rates` unless it was asked for. Each is within `bound`
@@ -51,13 +48,13 @@ class Certificate:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Interactions:
+class Interactions(Record, rows="k", names={"out": "out", "left": "inp", "right": "inp"}, unit="pairs"):
     """Feature pairs and the coefficient of `z_left · z_right` in an output feature, strongest |value| first.
 
     It unpacks into its four columns, `out, left, right, value = found`; its rows are the pairs: `len(found)` of them,
     `found[:5]` the five strongest, `found[0]` the numbers of one. Beside them `certificate`, and `per_output`, the m
     strongest of each output feature one feature after the other, where they were asked for; both stay through slices
-    and `_replace`.
+    and `_replace`, and so do names: `found.named(lens.name)` has them beside the numbers of the features.
     """
 
     out: Int[Tensor, " k"]
@@ -66,17 +63,13 @@ class Interactions:
     value: Float[Tensor, " k"]
     certificate: Certificate | None = None
     per_output: "Interactions | None" = None
+    name: Callable[[str, int], str] | None = None  # of a feature, by its side and number
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.out, self.left, self.right, self.value))
 
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def __getitem__(self, which: int | slice) -> "Interactions | tuple[int, int, int, float]":
-        if isinstance(which, slice):
-            return Interactions(*(part[which] for part in self), self.certificate, self.per_output)
-        return tuple(part[which].item() for part in self)
+    def __getitem__(self, which: Any) -> "Interactions | tuple[int, int, int, float]":
+        return tuple(part[which].item() for part in self) if isinstance(which, int) else sliced(self, which)
 
     def _replace(self, **changes) -> "Interactions":
         """Return a copy with other columns, as the method of a named tuple does."""
@@ -86,26 +79,11 @@ class Interactions:
         """Return the columns by name, in numbers that JSON knows."""
         return {name: part.tolist() for name, part in zip(("out", "left", "right", "value"), self, strict=True)}
 
-    def to_dataframe(self) -> "pandas.DataFrame":
-        """Return a table with a row for each pair."""
-        import pandas
-
-        return pandas.DataFrame({name: getattr(self, name).cpu().numpy() for name in self.to_dict()})
-
     def __repr__(self) -> str:
         if not len(self):
             return "Interactions(0 pairs)"
         out, left, right, value = self[0]
         return f"Interactions({len(self)} pairs; first: {left} × {right} → {out}: {value:+.4g})"
-
-    def _repr_html_(self) -> str:
-        """Show the first rows in a notebook."""
-        lines = [
-            f"<tr><td>{out}<td>{left}<td>{right}<td>{value:+.4g}"
-            for out, left, right, value in zip(*self[:_SHOWN].to_dict().values(), strict=True)
-        ]
-        more = f"<caption>{min(_SHOWN, len(self))} of {len(self)} pairs</caption>"
-        return f"<table>{more}<tr><th>out<th>left<th>right<th>value{''.join(lines)}</table>"
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from .bilinear import BilinearTensor
 from .matrices import Matrices, check_directions, frobenius, output_gram
 from .precision import working_dtype
+from .records import Record
 from .schatten import CHUNK_BYTES, Screen
 
 # Squarings, and whether to start from matrices in full precision: S_8 of all finds candidates, up to S_64 excludes most
@@ -19,7 +20,7 @@ _GUARD = 3e-5  # relative; what the exact eigenvalues may be wrong by
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class TopOutputs:
+class TopOutputs(Record, rows="k", unit="features"):
     """The output features that score highest, the highest first, ties by index."""
 
     out: Int[Tensor, " k"]

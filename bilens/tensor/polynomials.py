@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .bilinear import BilinearTensor
+from .records import Record
 
 Function = nn.Module | Callable[[Tensor], Tensor]
 
@@ -19,7 +20,7 @@ _ROUNDING = 1e-12  # eigenvalues below this, relative to the largest, are roundi
 
 
 @dataclass(frozen=True, repr=False)
-class Degree:
+class Degree(Record, tells=("residual",)):
     """The polynomial degree of a function, as far as random lines tell.
 
     `residuals[k]` is what the best polynomial of degree k leaves, relative to the function (both as root mean square in

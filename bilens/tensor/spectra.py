@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .decompositions import Eigen
+from .records import Record, Rows
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Eigenspace:
+class Eigenspace(Record, tells=("dim",)):
     """The space of eigenvalues that lie so close together that no single eigenvector of theirs means anything.
 
     `separation` is the distance to the nearest eigenvalue outside, infinite if there is none: a change E of the matrix
@@ -47,7 +48,7 @@ class Eigenspace:
         return f"Eigenspace(dim={self.dim}, {span}, separation={self.separation:.3g}{cut})"
 
 
-def eigenspaces(eigen: Eigen, gap: float) -> tuple[Eigenspace, ...]:
+def eigenspaces(eigen: Eigen, gap: float) -> Rows[Eigenspace]:
     """Group the eigenvalues of one matrix into spaces that are at least `gap` apart.
 
     Eigenvectors of equal eigenvalues are any rotation of each other, and those of nearly equal ones turn at a touch;
@@ -73,7 +74,7 @@ def eigenspaces(eigen: Eigen, gap: float) -> tuple[Eigenspace, ...]:
     breaks = (values.diff() >= gap).nonzero()[:, 0] + 1
     groups = torch.tensor_split(order, breaks.tolist())
     spaces = [_space(eigen, group.sort().values, gap) for group in groups]
-    return tuple(sorted(spaces, key=lambda space: -space.values[0].abs().item()))
+    return Rows(sorted(spaces, key=lambda space: -space.values[0].abs().item()))
 
 
 def _space(eigen: Eigen, members: Tensor, gap: float) -> Eigenspace:
