@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from bilens.models.files import atomic_write, fingerprint
+from bilens.models.files import known_as
+from bilens.models.sources import read_json
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.keeping import atomic_write, user_path
 
+from .cardfiles import AS, read_card_file
 from .naming import WIDEST, Label, label_of, word
 from .peaks import Contexts
 from .rolescores import Role, RoleScores
@@ -61,7 +63,7 @@ class FeatureCards:
     effects: Float[Tensor, "feature n"]
     auroc: Float[Tensor, "feature label"]
     labels: dict[str, int]  # how many texts have each
-    provenance: dict[str, str]  # hashes of model, SAE and texts, and how many texts
+    provenance: dict[str, str]  # hashes of model (of casts of it too), SAE and texts, and how many texts
     model: BilinearTransformer  # owner of the tokenizer
     roles: RoleScores | None = None  # what text tells of roles, where it was asked
 
@@ -255,12 +257,14 @@ def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
 
     Raises:
         FileNotFoundError: No such file.
+        CheckpointError: It is damaged, or holds what no cards do; it says which tensor.
         ValueError: The cards are of another model.
     """
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["cards"])
-    tensors = load_file(path)
-    if about["provenance"]["model"] != fingerprint(model):
+    path = user_path(path)
+    about, tensors = read_card_file(path, model.cfg.d_vocab)
+    told = about["provenance"]
+    cast = {key.removeprefix(AS): digest for key, digest in told.items() if key.startswith(AS)}
+    if known_as(model, told["model"], cast or _casts_beside(path, told["model"])) is None:
         raise ValueError(f"model must be the one that {path} was made with, but its weights have another hash")
     contexts = Contexts(
         tensors["contexts.tokens"].long(), tensors["contexts.values"].float(), tensors["density"], about["peak"]
@@ -268,5 +272,13 @@ def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
     roles = RoleScores.read(about["roles"], about["positions"], tensors) if "roles" in about else None
     return FeatureCards(
         about["hook"], contexts, tensors["histogram"].long(), tensors["mean"], tensors["tokens"].long(),
-        tensors["effects"].float(), tensors["auroc"], about["labels"], about["provenance"], model, roles,
+        tensors["effects"].float(), tensors["auroc"], about["labels"], told, model, roles,
     )  # fmt: skip
+
+
+def _casts_beside(path: Path, digest: str) -> dict[str, str]:
+    """Return the fingerprints of casts of the model that the SAE beside some cards tells, if it was fitted to it."""
+    config = path.parent / "cfg.json"
+    metadata = read_json(config).get("metadata") if config.is_file() else None
+    told = metadata.get("settings") if isinstance(metadata, dict) else None
+    return told.get("casts", {}) if isinstance(told, dict) and told.get("model") == digest else {}

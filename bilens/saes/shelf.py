@@ -11,6 +11,7 @@ import platformdirs
 
 from bilens.models.files import fingerprint
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.keeping import user_path
 
 from .cards import FeatureCards, read_cards
 from .collecting import collect
@@ -24,7 +25,7 @@ CACHE = "BILENS_CACHE"  # environment variable that names another folder
 
 def cards_folder() -> Path:
     """Return the folder of the cards in the user's cache; it need not be there."""
-    return Path(os.environ.get(CACHE) or platformdirs.user_cache_dir("bilens", appauthor=False)) / "cards"
+    return user_path(os.environ.get(CACHE) or platformdirs.user_cache_dir("bilens", appauthor=False)) / "cards"
 
 
 def cards_path(model: BilinearTransformer, sae: "SAE") -> Path:

@@ -8,7 +8,6 @@ float64 (`coefficients`).
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .bilinear import BilinearTensor
 from .coefficients import Coefficients
+from .keeping import user_path
 from .precision import SCREENS, fastest, product_rates
 from .scaled import Scaled
 from .screening import run
@@ -172,7 +172,7 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
     wanted = Wanted(k, per_output, exclude_self)
     search = Search(Scaled.of(B, out, inp, screen), Coefficients(B, out, inp, memory), wanted)
     shard = range(search.layer.n_out) if group is None else share(search.layer.n_out, group)
-    state = None if checkpoint is None else State(Path(checkpoint), search, shard, group)
+    state = None if checkpoint is None else State(user_path(checkpoint), search, shard, group)
     pools = run(search, shard, memory, progress, state)
     if group is not None:
         pools = {name: gather(pool, group) for name, pool in pools.items()}

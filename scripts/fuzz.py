@@ -1,0 +1,142 @@
+"""Thousands of damaged, odd and interrupted inputs: is each refused by name, or is what comes of it right?
+
+    python scripts/fuzz.py --cases 3000 --out scripts/results/fuzz.md
+
+Every case starts from something intact (a small model with SAEs, cards, states and images, made here from a seed),
+changes one thing, and does what a user would do with it. What may happen:
+
+- refused: a `ValueError` (`CheckpointError` among them) or `FileNotFoundError` that names the file, argument or text;
+- right: the same result as without the change, or, where the change makes another valid input, finite numbers.
+
+What may not: another exception, a result that is neither, or more than the time limit. A case is told by its family,
+its number and the seed, so that each can be run alone: `--family cards --only 17`.
+"""
+
+import argparse
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuzz_files import FAMILIES as FILES
+from fuzz_runs import FAMILIES as RUNS
+from fuzz_things import Bench, Refused, Wrong
+
+FAMILIES: dict[str, tuple[Callable[[random.Random, Bench], str], int]] = {**FILES, **RUNS}
+OUTCOMES = ("right", "refused by name", "wrong exception", "silent", "hung")
+LIMIT = 20.0  # seconds of one case
+REFUSALS = (ValueError, FileNotFoundError, IndexError)
+
+
+class Hung(BaseException):
+    """A case took longer than it may."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise `Hung` in what takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(family: str, number: int, seed: int, bench: Bench) -> tuple[str, str]:
+    """Run one case; return what happened, and a line that tells it."""
+    told = f"{family} {number}"
+    bench.told = ""
+    try:
+        with within(LIMIT):
+            told += f": {FAMILIES[family][0](random.Random(f'{seed} {family} {number}'), bench)}"
+        return "right", told
+    except Refused as refusal:
+        return "refused by name", f"{told}: {refusal}"
+    except Wrong as wrong:
+        return "silent", f"{told}: {bench.told}: {wrong}"
+    except Hung:
+        return "hung", f"{told}: {bench.told}"
+    except REFUSALS as error:
+        return "refused by name", f"{told}: {bench.told}: {type(error).__name__}: {error}"
+    except (Exception, KeyboardInterrupt) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{Path(where.filename).name}:{where.lineno}"
+        return "wrong exception", f"{told}: {bench.told}: {type(error).__name__} at {at}: {str(error)[:200]}"
+
+
+def shares(cases: int) -> dict[str, int]:
+    """Divide the cases over the families by their weights, at least one each."""
+    total = sum(weight for _, weight in FAMILIES.values())
+    return {name: max(1, round(cases * weight / total)) for name, (_, weight) in FAMILIES.items()}
+
+
+def campaign(
+    cases: int, seed: int, folder: Path, show: Callable[[str], Any] = print
+) -> tuple[dict[str, Counter[str]], list[str]]:
+    """Run all families; return their outcomes, and a line for each that may not be."""
+    bench, found, bad = Bench(folder, seed), {}, []
+    for family, n in shares(cases).items():
+        found[family] = Counter()
+        for number in range(n):
+            what, line = outcome(family, number, seed, bench)
+            found[family][what] += 1
+            if what in OUTCOMES[2:]:
+                bad.append(f"{what}: {line}")
+                show(bad[-1])
+    return found, bad
+
+
+def table(found: dict[str, Counter[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [f"| family | cases | {' | '.join(OUTCOMES)} |", f"|---|{'---|' * (len(OUTCOMES) + 1)}"]
+    for family, counts in [*found.items(), ("all", sum(found.values(), Counter()))]:
+        cells = [counts.total(), *(counts[one] for one in OUTCOMES)]
+        lines.append(f"| {family} | {' | '.join(f'{cell:,}' for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the campaign, or one case; the exit code tells whether all was as it must be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=FAMILIES, help="run this one alone")
+    parser.add_argument("--only", type=int, help="run this case of --family alone")
+    parser.add_argument("--out", type=Path, help="write the table here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.only is not None:
+            print(*outcome(args.family, args.only, args.seed, Bench(Path(folder), args.seed)), sep=": ")
+            return 0
+        if args.family:
+            for name in set(FAMILIES) - {args.family}:
+                del FAMILIES[name]
+        began = time.perf_counter()
+        found, bad = campaign(args.cases, args.seed, Path(folder))
+        seconds = time.perf_counter() - began
+    text = f"{table(found)}\n\n{seconds:.0f} s on one thread ({platform.machine()}), seed {args.seed}.\n"
+    print(text)
+    if args.out is not None:
+        head = "# What damaged, odd and interrupted inputs do\n\nMade by `python scripts/fuzz.py"
+        args.out.write_text(f"{head} --cases {args.cases} --seed {args.seed}`, which says what is counted.\n\n{text}")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
