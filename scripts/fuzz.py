@@ -13,6 +13,7 @@ its number and the seed, so that each can be run alone: `--family cards --only 1
 """
 
 import argparse
+import faulthandler
 import platform
 import random
 import signal
@@ -50,10 +51,12 @@ def within(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(3 * seconds, exit=True)  # where no signal reaches it
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
 
 

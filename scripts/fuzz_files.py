@@ -39,7 +39,8 @@ def checkpoint(rng: random.Random, bench: Bench) -> str:
 
     def use() -> str:
         model = bilens.load(folder)
-        loss = model(bench.tokens, "loss") if model.cfg.d_vocab > int(bench.tokens.max()) else torch.zeros(1)
+        tokens = bench.tokens.clamp(max=model.cfg.d_vocab - 1)[:, : model.cfg.n_ctx]
+        loss = model(tokens, "loss") if tokens.shape[1] > 1 else model(tokens).sum()
         right(bool(loss.isfinite().all()), f"loss {loss}")
         return f"loss {loss.item():.3f}"
 
@@ -170,7 +171,7 @@ def training(rng: random.Random, bench: Bench) -> str:
     """Damage the checkpoint of a training of images; the model that comes of it is the one without a break."""
     folder = bench.folder / "case" / "training"
     folder.mkdir(parents=True, exist_ok=True)
-    state, data = folder / "state.safetensors", images.load(bench.folder / "images" / "set.npz")
+    state, data = folder / "state.safetensors", images.sets.load(bench.folder / "images" / "set.npz")
     if state.is_dir() and not state.is_symlink():
         state.rmdir()
     state.unlink(missing_ok=True)
@@ -197,7 +198,7 @@ def pictures(rng: random.Random, bench: Bench) -> str:
     told = damage(rng, folder, names)
 
     def use() -> str:
-        found = images.load(folder / "set.npz" if packed else folder)
+        found = images.sets.load(folder / "set.npz" if packed else folder)
         right(len(found) == len(found.y) and bool(found.x.isfinite().all()), "images")
         return f"{len(found)} images"
 

@@ -189,7 +189,7 @@ def dtypes(rng: random.Random, bench: Bench) -> str:
             right(abs(ours.loss_spliced - cast.loss_spliced) < 0.2, f"{cast} against {ours}")
         case "lens":
             lens = circuits.FeatureLayer(model, 1, inp=bench.saes[HOOKS[0]], out=sae)
-            right(bool(circuits.outliers(lens, k=3).score.isfinite().all()), "scores")
+            right(bool(circuits.outliers(lens, k=3).values.isfinite().all()), "scores")
         case "splice":
             hook = (HOOKS[1], lambda x, hook: sae.decode(sae.encode(x.to(sae.W_dec))).to(x))
             right(bool(model.run_with_hooks(bench.tokens, "loss", fwd_hooks=[hook]).isfinite()), "loss")
@@ -220,12 +220,12 @@ def _interruptible(bench: Bench) -> dict[str, Callable[[], Any]]:
         "attribute": lambda: bilens.attribute(model, TEXTS[0], 1, inp=lens().inp, out=sae, feature=3),
         "rank": lambda: bilens.top_interactions(B, 40, checkpoint=case / "ranked"),
         "save": lambda: bilens.save(model, case / "saved"),
-        "removal": lambda: _removed(lens()),
+        "edit": lambda: _edited(lens()),
     }
 
 
-def _removed(lens: Any) -> float:
-    with circuits.remove_pair(lens, 3, 1, 2):
+def _edited(lens: Any) -> float:
+    with circuits.edits.without_pair(lens, 1, 2):
         return lens.model(TEXTS[0], "loss").item()
 
 

@@ -20,7 +20,7 @@ from bilens.models.hooks import Hooked, Point
 from bilens.models.layouts import Keys
 from bilens.models.sources import CheckpointError, read_json, read_safetensors
 from bilens.tensor.bilinear import BilinearTensor
-from bilens.tensor.keeping import atomic_write, damaged, read_state, user_path, write_state
+from bilens.tensor.keeping import atomic_write, damaged, is_file, read_state, user_path, write_state
 
 from .sets import ImageSet
 
@@ -206,9 +206,6 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     """
     folder = user_path(folder)
     check_device(device)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no file {folder / name}")
     config = read_json(folder / "config.json")
     known = {field.name for field in fields(ClassifierConfig)}
     if set(config) != known:
@@ -455,7 +452,7 @@ def train(  # eight parameters: the shape of the model in four, as in `Classifie
     model = ImageClassifier(cfg, torch.Generator().manual_seed(recipe.seed)).to(images.x)
     trainer = Trainer(model.train(), images, recipe)
     checkpoint = None if checkpoint is None else user_path(checkpoint)
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and is_file(checkpoint):
         trainer.resume(checkpoint)
     epochs = range(len(trainer.loss), recipe.epochs)
     with tqdm(total=recipe.epochs, initial=epochs.start, unit="epoch", disable=not progress) as bar:

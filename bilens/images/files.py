@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
+from bilens.tensor.keeping import is_file
+
 LARGEST = 1 << 32  # bytes of one array: 5 million images of 28x28
 _RATIO, _SMALL = 200, 1 << 26  # what is over 64 MiB and was compressed more than 200 times is no image set
 
@@ -23,7 +25,7 @@ def read_npz(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
         FileNotFoundError: No such file.
         ValueError: It is damaged, lacks an array, or would take far more memory than its size suggests.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"no file {path}")
     with _blaming(path):
         with zipfile.ZipFile(path) as archive:
@@ -67,7 +69,7 @@ def read_idx(folder: Path, stem: str) -> np.ndarray:
         FileNotFoundError: No such file.
         ValueError: It is damaged, of another kind, or would take far more memory than its size suggests.
     """
-    path = next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+    path = next((path for path in (folder / stem, folder / f"{stem}.gz") if is_file(path)), None)
     if path is None:
         raise FileNotFoundError(f"no file {stem} or {stem}.gz in {folder}")
     with _blaming(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:

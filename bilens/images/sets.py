@@ -105,7 +105,7 @@ def load(name: str | Path = "digits", split: Split = "train") -> ImageSet:
     if path.is_dir():
         prefix = {"train": "train", "test": "t10k"}[split]
         x, y = (read_idx(path, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-    elif path.suffix == ".npz":
+    elif path.suffix == ".npz" or path.is_file():
         x, y = read_npz(path, (f"x_{split}", f"y_{split}"))
     else:
         return _from_hub(HUB.get(str(name), str(name)), split)

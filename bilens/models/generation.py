@@ -1,5 +1,6 @@
 """Continuing a text token by token, without running again what cannot have changed."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -54,7 +55,7 @@ class Generation(TextInterface, HookedModel):
         Raises:
             ValueError: Prompt and new tokens exceed the context, or an argument is out of range.
         """
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
@@ -143,7 +144,7 @@ def _hooked(module: nn.Module) -> bool:
 def _sample(logits: Tensor, temperature: int | float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() / float(temperature)
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)

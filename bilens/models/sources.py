@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
-from bilens.tensor.keeping import user_path
+from bilens.tensor.keeping import is_file, user_path
 
 EMBEDDED = "bilens-mini"
 PUBLISHED = ("tdooms/ts-medium", "tdooms/fw-small", "tdooms/fw-medium")
@@ -92,7 +91,7 @@ class Source:
     def optional(self, filename: str) -> Path | None:
         """Return a file's path, or None if the folder or repository does not have it."""
         if self.folder is not None:
-            return _regular(self.folder / filename)
+            return regular(self.folder / filename)
         known = self.commit and huggingface_hub.try_to_load_from_cache(
             self.name, filename, revision=self.commit, repo_type=self.kind
         )
@@ -146,27 +145,16 @@ class Source:
         return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _regular(path: Path) -> Path | None:
+def regular(path: Path) -> Path | None:
     """Return a path if a file is there, None if nothing is.
 
     Raises:
         CheckpointError: A folder, a pipe, a device or a link to nowhere is in its place.
     """
     try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if not path.is_symlink():
-            return None
-        raise CheckpointError(f"{path} must be a file, but it is a link to what is not there") from None
-    except (OSError, ValueError) as error:  # a link that loops, a folder that may not be looked into, an odd name
-        if isinstance(error, NotADirectoryError):
-            return None
-        raise CheckpointError(f"{path} must be a file, but cannot be looked at: {error}") from error
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(
-            f"{path} must be a file, but it is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}"
-        )
-    return path
+        return path if is_file(path) else None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def conversions() -> Path:
@@ -177,6 +165,8 @@ def conversions() -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of at most 16 MiB in which no key stands twice; a `CheckpointError` names the file if not."""
     must = f"{path} must be a JSON object"
+    if regular(path) is None:
+        raise FileNotFoundError(f"no file {path}")
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise CheckpointError(f"{must} of at most {LARGEST_JSON} bytes, got {size}")
@@ -293,6 +283,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         CheckpointError: It is none, or cannot be read.
     """
     must = f"{path} must be a safetensors file"
+    if regular(path) is None:
+        raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -313,18 +305,27 @@ def widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """Return a tensor that is finite; a `CheckpointError` names its first value that is not."""
-    if not (good := tensor.isfinite()).all():
-        first = (~good).nonzero()[0].tolist()
-        raise CheckpointError(
-            f"{path}: tensor {name} must be finite in {tensor.dtype}, but {(~good).sum()} of {tensor.numel()} values "
-            f"are not; the first is {tensor[tuple(first)].item()} at {first}"
-        )
+    """Return a tensor that is finite, and in float32 and wider small enough to be squared, as every norm does.
+
+    Raises:
+        CheckpointError: It is not; the message names the first value.
+    """
+    most = torch.finfo(tensor.dtype).max
+    most = most if tensor.dtype == torch.float16 else most**0.5  # the weights of half precision are squared in float32
+    if not (good := tensor.abs() <= most).all():  # NaN is not below either
+        first = tuple((~good).nonzero()[0].tolist())
+        told = f"{(~good).sum()} of {tensor.numel()} values are not"
+        told += f"; the first is {tensor[first].item()} at {list(first)}"
+        if tensor[first].isfinite():
+            raise CheckpointError(f"{path}: tensor {name} must be at most {most:.3g}, to be squared, but {told}")
+        raise CheckpointError(f"{path}: tensor {name} must be finite in {tensor.dtype}, but {told}")
     return tensor
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`; a WordPiece one without a decoder, as published, gets the usual decoder."""
+    if regular(path) is None:
+        raise FileNotFoundError(f"no file {path}")
     if (size := path.stat().st_size) > LARGEST_TOKENIZER:
         raise CheckpointError(f"{path} must be a tokenizers file of at most {LARGEST_TOKENIZER} bytes, got {size}")
     try:

@@ -94,6 +94,8 @@ class TextInterface:
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         rows = []
         for index, one in enumerate(texts):
+            if any("\ud800" <= letter <= "\udfff" for letter in one):
+                raise ValueError(f"text {index} must be Unicode, but holds half a surrogate pair: {one[:40]!r}")
             row = self._tokenizer.encode(one, add_special_tokens=False).ids
             if prepend_bos and self.has_bos and row[:1] != [self.bos_id]:  # not a second one after one spelt out
                 row = [self.bos_id, *row]

@@ -22,8 +22,6 @@ def read_card_file(path: Path, d_vocab: int) -> tuple[dict[str, Any], dict[str, 
         FileNotFoundError: No such file.
         CheckpointError: It is damaged, or a key or tensor is not what it must be; it says which.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no file {path}")
     with open_safetensors(path) as file:
         about = _about(path, (file.metadata() or {}).get("cards"))
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -32,6 +30,17 @@ def read_card_file(path: Path, d_vocab: int) -> tuple[dict[str, Any], dict[str, 
     for name, tensor in tensors.items():
         _check_values(path, name, tensor, d_vocab)
     return about, tensors
+
+
+def header(path: Path) -> dict[str, Any]:
+    """Return what the header of a file of cards says, without its tensors; errors as for `read_card_file`."""
+    with open_safetensors(path) as file:
+        return _about(path, (file.metadata() or {}).get("cards"))
+
+
+def casts_told(provenance: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes of casts of the model, by dtype."""
+    return {key.removeprefix(AS): digest for key, digest in provenance.items() if key.startswith(AS)}
 
 
 def _about(path: Path, said: str | None) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bilens.models.files import known_as
-from bilens.models.sources import read_json
+from bilens.models.sources import read_json, regular
 from bilens.models.transformer import BilinearTransformer
 from bilens.tensor.keeping import atomic_write, user_path
 
-from .cardfiles import AS, read_card_file
+from .cardfiles import casts_told, read_card_file
 from .naming import WIDEST, Label, label_of, word
 from .peaks import Contexts
 from .rolescores import Role, RoleScores
@@ -263,8 +263,7 @@ def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
     path = user_path(path)
     about, tensors = read_card_file(path, model.cfg.d_vocab)
     told = about["provenance"]
-    cast = {key.removeprefix(AS): digest for key, digest in told.items() if key.startswith(AS)}
-    if known_as(model, told["model"], cast or _casts_beside(path, told["model"])) is None:
+    if known_as(model, told["model"], casts_told(told) or _casts_beside(path, told["model"])) is None:
         raise ValueError(f"model must be the one that {path} was made with, but its weights have another hash")
     contexts = Contexts(
         tensors["contexts.tokens"].long(), tensors["contexts.values"].float(), tensors["density"], about["peak"]
@@ -279,6 +278,6 @@ def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
 def _casts_beside(path: Path, digest: str) -> dict[str, str]:
     """Return the fingerprints of casts of the model that the SAE beside some cards tells, if it was fitted to it."""
     config = path.parent / "cfg.json"
-    metadata = read_json(config).get("metadata") if config.is_file() else None
+    metadata = read_json(config).get("metadata") if regular(config) else None
     told = metadata.get("settings") if isinstance(metadata, dict) else None
     return told.get("casts", {}) if isinstance(told, dict) and told.get("model") == digest else {}

@@ -13,6 +13,15 @@ LENS_FILES = ("cfg.json", "sae_weights.safetensors")
 _DTYPES = [name for one in sorted(map(str, DTYPES)) for name in (one.removeprefix("torch."), one)]
 
 
+_KINDS = {"architecture": str, "dtype": str, "metadata": dict, "normalize_activations": str, "device": str} | {
+    "reshape_activations": str,
+    "apply_b_dec_to_input": bool,
+    "rescale_acts_by_decoder_norm": bool,
+    "activation": str,
+}
+_CALLED = {str: "text", dict: "an object", bool: "true or false"}
+
+
 def check_lens_folder(folder: Path) -> None:
     """Make sure that a folder holds an SAE in SAELens' format whose config and tensors agree and are finite.
 
@@ -20,16 +29,13 @@ def check_lens_folder(folder: Path) -> None:
         FileNotFoundError: A file is missing.
         CheckpointError: One is damaged, or a key or tensor is not what it must be; it says which.
     """
-    for name in LENS_FILES:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"no file {folder / name}")
     config, path = read_json(folder / LENS_FILES[0]), folder / LENS_FILES[1]
     read = Keys(config, folder / LENS_FILES[0])
     d_in, d_sae = read.size("d_in"), read.size("d_sae")
     check_k(read, d_sae)
-    for key, kind, what in (("architecture", str, "text"), ("dtype", str, "text"), ("metadata", dict, "an object")):
-        if not isinstance(config.get(key, kind()), kind):
-            raise CheckpointError(f"{read.path}: {key} must be {what}, got {config[key]!r:.80}")
+    for key, kind in _KINDS.items():
+        if type(config.get(key, kind())) is not kind:
+            raise CheckpointError(f"{read.path}: {key} must be {_CALLED[kind]}, got {config[key]!r:.80}")
     if config.get("dtype", _DTYPES[0]) not in _DTYPES:
         raise CheckpointError(f"{read.path}: dtype must be one of {', '.join(_DTYPES)}, got {config['dtype']!r:.80}")
     hook = config.get("metadata", {}).get("hook_name")

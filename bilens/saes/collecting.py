@@ -19,9 +19,10 @@ from tqdm import tqdm
 from bilens.models.files import casts, fingerprint
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, holds_text, observed
-from bilens.tensor.keeping import damaged, read_state, user_path, write_state
+from bilens.tensor.keeping import damaged, is_file, read_state, user_path, write_state
 
-from .cards import AS, FILE, FeatureCards
+from .cardfiles import AS
+from .cards import FILE, FeatureCards
 from .directions import check_sae, is_transcoder, reads_at, writes_at
 from .peaks import ContextTally
 from .roles import Roles
@@ -86,7 +87,7 @@ def collect(
     run = _Run(about, tallies)
     folder = None if folder is None else user_path(folder)
     state = None if folder is None else folder / "state.safetensors"
-    if state is not None and state.exists():
+    if state is not None and is_file(state):
         run.load(state)
     rows, bar = iter(_rows(dataset, text, label)), tqdm(desc="texts", unit="")
     _skip(run, rows, state)

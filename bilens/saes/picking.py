@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bilens.models.sources import regular
 from bilens.models.transformer import BilinearTransformer
 
 from .cards import FILE, FeatureCards, read_cards
@@ -96,4 +97,4 @@ def stored_cards(one: Stored, model: BilinearTransformer, sae: SAE) -> FeatureCa
         ValueError: They are of another model.
     """
     path = None if one.folder is None else one.folder / FILE
-    return read_cards(path, model) if path is not None and path.exists() else cached_cards(model, sae)
+    return read_cards(path, model) if path is not None and regular(path) else cached_cards(model, sae)

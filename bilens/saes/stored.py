@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bilens.models.layouts import Keys
-from bilens.models.sources import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors
+from bilens.models.sources import EMBEDDED, CheckpointError, Source, assets, read_json, read_safetensors, regular
 from bilens.tensor.keeping import atomic_write, user_path
 
 from .arrays import ArraySAE  # noqa: F401 - SAELens must know the kind to load one
@@ -195,7 +195,7 @@ def sae_folder(name: str | Path, hook: str) -> Path:
         FileNotFoundError: There is none; the message lists those there are.
     """
     root = assets() / "saes" if name == EMBEDDED else user_path(name)
-    if not (root / hook / "cfg.json").is_file():
+    if regular(root / hook / "cfg.json") is None:
         there = sorted(path.parent.name for path in root.glob("*/cfg.json"))
         raise FileNotFoundError(f"{root} has no SAE for {hook!r}; it has {', '.join(there) or 'none'}")
     return root / hook

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,26 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there that can be read to an end.
+
+    Raises:
+        ValueError: A folder, a pipe, a device or a link to nowhere is in its place.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            return False
+        raise ValueError(f"{path} must be a file, but it is a link to what is not there") from None
+    except OSError as error:  # a link that loops, a folder that may not be looked into, an odd name
+        raise ValueError(f"{path} must be a file, but cannot be looked at: {error}") from error
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+        raise ValueError(f"{path} must be a file, but it is a {kind}")
+    return True
 
 
 def _sweep(folder: Path, stem: str) -> None:
@@ -122,7 +143,7 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         ValueError: It is damaged, or no state of this version; the message says what to do.
     """
     path = user_path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(path, "pt") as file:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .candidates import PARTS, Pool
-from .keeping import damaged, read_state, write_state
+from .keeping import damaged, is_file, read_state, write_state
 from .search import Search
 
 SAVE_EVERY = 1.0  # seconds between two checkpoints
@@ -34,7 +34,7 @@ class State:
             ValueError: The file is of another search, or damaged; it says what to do.
         """
         pools = self.search.pools()
-        if not self.path.exists():
+        if not is_file(self.path):
             return self.shard.start, pools
         tensors, about = read_state(self.path)
         if about.get("fingerprint") != self.fingerprint:
