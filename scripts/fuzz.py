@@ -13,9 +13,12 @@ its number and the seed, so that each can be run alone: `--family cards --only 1
 """
 
 import argparse
+import atexit
 import faulthandler
-import platform
+import multiprocessing
+import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -23,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from fuzz_things import Bench, Refused, Wrong
 FAMILIES: dict[str, tuple[Callable[[random.Random, Bench], str], int]] = {**FILES, **RUNS}
 OUTCOMES = ("right", "refused by name", "wrong exception", "silent", "hung")
 LIMIT = 20.0  # seconds of one case
+PART = 60  # cases that a process runs before it asks for more
 REFUSALS = (ValueError, FileNotFoundError, IndexError)
 
 
@@ -88,20 +93,39 @@ def shares(cases: int) -> dict[str, int]:
     return {name: max(1, round(cases * weight / total)) for name, (_, weight) in FAMILIES.items()}
 
 
-def campaign(
-    cases: int, seed: int, folder: Path, show: Callable[[str], Any] = print
-) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Run all families; return their outcomes, and a line for each that may not be."""
-    bench, found, bad = Bench(folder, seed), {}, []
-    for family, n in shares(cases).items():
-        found[family] = Counter()
-        for number in range(n):
-            what, line = outcome(family, number, seed, bench)
-            found[family][what] += 1
-            if what in OUTCOMES[2:]:
-                bad.append(f"{what}: {line}")
-                show(bad[-1])
+def campaign(cases: int, seed: int, workers: int) -> tuple[dict[str, Counter[str]], list[str]]:
+    """Run all families in some processes; return their outcomes, and a line for each that may not be."""
+    found, bad = {family: Counter() for family in FAMILIES}, []
+    parts = [
+        (family, range(start, min(start + PART, n)), seed)
+        for family, n in shares(cases).items()
+        for start in range(0, n, PART)
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _begin, (seed,)) as pool:
+        for (family, *_), lines in zip(parts, pool.map(_part, parts), strict=True):
+            for what, line in lines:
+                found[family][what] += 1
+                if what in OUTCOMES[2:]:
+                    bad.append(f"{what}: {line}")
+                    print(bad[-1], flush=True)
     return found, bad
+
+
+_bench: list[Bench] = []  # of a process of the campaign
+
+
+def _begin(seed: int) -> None:
+    """Make what a process starts from, in a folder that goes with it."""
+    torch.set_num_threads(1)
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    _bench.append(Bench(Path(folder.name), seed))
+
+
+def _part(part: tuple[str, range, int]) -> list[tuple[str, str]]:
+    family, numbers, seed = part
+    return [outcome(family, number, seed, _bench[0]) for number in numbers]
 
 
 def table(found: dict[str, Counter[str]]) -> str:
@@ -118,22 +142,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--family", choices=FAMILIES, help="run this one alone")
-    parser.add_argument("--only", type=int, help="run this case of --family alone")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--family", choices=FAMILIES, help="run a case of this one alone, --only")
+    parser.add_argument("--only", type=int, help="which")
     parser.add_argument("--out", type=Path, help="write the table here")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.only is not None:
-            print(*outcome(args.family, args.only, args.seed, Bench(Path(folder), args.seed)), sep=": ")
-            return 0
-        if args.family:
-            for name in set(FAMILIES) - {args.family}:
-                del FAMILIES[name]
-        began = time.perf_counter()
-        found, bad = campaign(args.cases, args.seed, Path(folder))
-        seconds = time.perf_counter() - began
-    text = f"{table(found)}\n\n{seconds:.0f} s on one thread ({platform.machine()}), seed {args.seed}.\n"
+    if args.only is not None:
+        _begin(args.seed)
+        print(*outcome(args.family, args.only, args.seed, _bench[0]), sep=": ")
+        return 0
+    began = time.perf_counter()
+    found, bad = campaign(args.cases, args.seed, args.workers)
+    seconds = time.perf_counter() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    text = f"{table(found)}\n\n{seconds:.0f} s with {args.workers} processes on {os.cpu_count()} cores, {cpu:.0f} s of CPU.\n"
     print(text)
     if args.out is not None:
         head = "# What damaged, odd and interrupted inputs do\n\nMade by `python scripts/fuzz.py"

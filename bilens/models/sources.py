@@ -305,19 +305,19 @@ def widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """Return a tensor that is finite, and in float32 and wider small enough to be squared, as every norm does.
+    """Return a tensor that is finite, and but for float16 small enough that products of four are finite.
 
     Raises:
         CheckpointError: It is not; the message names the first value.
     """
     most = torch.finfo(tensor.dtype).max
-    most = most if tensor.dtype == torch.float16 else most**0.5  # the weights of half precision are squared in float32
+    most = most if tensor.dtype == torch.float16 else most**0.25  # what it writes is squared, in norms and products
     if not (good := tensor.abs() <= most).all():  # NaN is not below either
         first = tuple((~good).nonzero()[0].tolist())
         told = f"{(~good).sum()} of {tensor.numel()} values are not"
         told += f"; the first is {tensor[first].item()} at {list(first)}"
         if tensor[first].isfinite():
-            raise CheckpointError(f"{path}: tensor {name} must be at most {most:.3g}, to be squared, but {told}")
+            raise CheckpointError(f"{path}: tensor {name} must be at most {most:.3g} for finite results, but {told}")
         raise CheckpointError(f"{path}: tensor {name} must be finite in {tensor.dtype}, but {told}")
     return tensor
 

@@ -1,6 +1,6 @@
 """Text to token ids and back: the one owner of BOS, case and padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -92,10 +92,9 @@ class TextInterface:
                 )
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        check_unicode(texts)
         rows = []
         for index, one in enumerate(texts):
-            if any("\ud800" <= letter <= "\udfff" for letter in one):
-                raise ValueError(f"text {index} must be Unicode, but holds half a surrogate pair: {one[:40]!r}")
             row = self._tokenizer.encode(one, add_special_tokens=False).ids
             if prepend_bos and self.has_bos and row[:1] != [self.bos_id]:  # not a second one after one spelt out
                 row = [self.bos_id, *row]
@@ -209,3 +208,12 @@ class TextInterface:
         elif is_text(tokens):
             tokens = [self.to_single_token(token) for token in tokens]
         return self.W_U.T[token_ids(tokens, "tokens").to(self.W_U.device)]
+
+
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raise a ValueError for a text that is not Unicode (half a surrogate pair), by its number."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"input must hold Unicode, but text {index} does not: {error}") from None

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .text import INTEGERS
+from .text import INTEGERS, check_unicode
 from .transformer import BilinearTransformer
 
 # A text, texts (of a list, a column, rows with a column `text`, a stream), or windows of token ids.
@@ -150,6 +150,7 @@ def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | Non
     if not first < length <= model.cfg.n_ctx:
         raise ValueError(f"length must lie between {first + 1} and {model.cfg.n_ctx} (n_ctx), got {length}")
     texts = [_text(row, index) for index, row in enumerate(rows)]
+    check_unicode(texts)
     start, step = [model.bos_id] if model.has_bos else [], length - first
     pieces, of = [], []
     for index, encoding in enumerate(model.tokenizer.encode_batch(texts, add_special_tokens=False)):

@@ -56,6 +56,9 @@ def evaluate(
         dataset: Texts, or windows of token ids.
         hook: Where it goes; by default where it says it was fitted.
         batch: Windows at a time.
+
+    Raises:
+        ValueError: No text, or too little for the activations to have a variance.
     """
     hook, windows = hook_of(sae, hook), Windows.of(model, dataset)
     sums = _Sums(sae.cfg.d_in, sae.cfg.d_sae)
@@ -129,7 +132,10 @@ class _Sums:
 
     @property
     def fvu(self) -> float:
-        return self.errors / (self.squares - self.n * self.mean.pow(2).sum().item())
+        spread = self.squares - self.n * self.mean.pow(2).sum().item()
+        if spread <= 1e-12 * self.squares:
+            raise ValueError(f"dataset must hold activations that differ, got {self.n} positions without variance")
+        return self.errors / spread
 
     @property
     def l0(self) -> float:
