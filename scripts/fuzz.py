@@ -38,7 +38,7 @@ from fuzz_things import Bench, Refused, Wrong
 
 FAMILIES: dict[str, tuple[Callable[[random.Random, Bench], str], int]] = {**FILES, **RUNS}
 OUTCOMES = ("right", "refused by name", "wrong exception", "silent", "hung")
-LIMIT = 20.0  # seconds of one case
+LIMIT = 20.0  # seconds of the processor for one case
 PART = 60  # cases that a process runs before it asks for more
 REFUSALS = (ValueError, FileNotFoundError, IndexError)
 
@@ -49,20 +49,23 @@ class Hung(BaseException):
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise `Hung` in what takes longer."""
+    """Raise `Hung` in what takes more of the processor, or ten times as long by the clock, as where it waits."""
 
     def stop(*_: Any) -> None:
         raise Hung
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(3 * seconds, exit=True)  # where no signal reaches it
+    clocks = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, 10 * seconds)}
+    before = {number: signal.signal(number, stop) for number, _ in clocks.values()}
+    for clock, (_, limit) in clocks.items():
+        signal.setitimer(clock, limit)
+    faulthandler.dump_traceback_later(20 * seconds, exit=True)  # where no signal reaches it
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
+        for clock, (number, _) in clocks.items():
+            signal.setitimer(clock, 0)
+            signal.signal(number, before[number])
 
 
 def outcome(family: str, number: int, seed: int, bench: Bench) -> tuple[str, str]:
@@ -156,7 +159,8 @@ def main() -> int:
     seconds = time.perf_counter() - began
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime
-    text = f"{table(found)}\n\n{seconds:.0f} s with {args.workers} processes on {os.cpu_count()} cores, {cpu:.0f} s of CPU.\n"
+    took = f"{seconds:.0f} s with {args.workers} processes on {os.cpu_count()} cores, {cpu:.0f} s of the processor."
+    text = f"{table(found)}\n\n{took}\n"
     print(text)
     if args.out is not None:
         head = "# What damaged, odd and interrupted inputs do\n\nMade by `python scripts/fuzz.py"
