@@ -6,7 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bilens.tensor.keeping import atomic_write, check_folder, check_writable, read_state, user_path, write_state
+from bilens.tensor.keeping import (
+    atomic_write,
+    check_folder,
+    check_writable,
+    read_record,
+    read_state,
+    user_path,
+    write_record,
+    write_state,
+)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
@@ -53,6 +62,18 @@ def test_state_comes_back_and_damage_is_told(tmp_path):
     save_file({name: one.clone() for name, one in tensors.items()}, path)
     with pytest.raises(ValueError, match="it has no checksum"):
         read_state(path)
+
+
+def test_a_record_that_people_read_comes_back_and_damage_is_told(tmp_path):
+    path, told = tmp_path / "record.json", {"b": [1.5, None], "a": {"é": 1}}
+    assert read_record(path) == {}
+    write_record(path, told)
+    assert read_record(path) == told
+    whole = path.read_text()
+    for damage in (whole.replace("1.5", "1.6"), whole[:-9], "[]", "{}", ""):
+        path.write_text(damage)
+        with pytest.raises(ValueError, match=r"record\.json is damaged: .*; delete it"):
+            read_record(path)
 
 
 def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):

@@ -83,7 +83,7 @@ def _sweep(folder: Path, stem: str) -> None:
     """Remove what processes of this machine that are no more left half written."""
     if os.name != "posix":  # elsewhere to ask for a process is to end it
         return
-    for path in folder.iterdir():
+    for path in folder.iterdir() if os.access(folder, os.R_OK) else ():
         found = _WRITER.fullmatch(path.name.removeprefix(stem)) if path.name.startswith(stem) else None
         if found and found[1] == platform.node()[:20]:
             try:
@@ -156,6 +156,32 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     if _checksum(tensors, header[_STATE]) != header[_SUM]:
         raise damaged(path, "its checksum does not match")
     return tensors, json.loads(header[_STATE])
+
+
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write what a long job has found so far, as JSON that people read too, atomically and with a checksum."""
+    told = json.loads(json.dumps(record))
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(told | {_SUM: _checksum({}, json.dumps(told, sort_keys=True))}, indent=1) + "\n")
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what `write_record` wrote; nothing where there is no file.
+
+    Raises:
+        ValueError: It is damaged, or no record of this version; the message says what to do.
+    """
+    path = user_path(path)
+    if not is_file(path):
+        return {}
+    try:
+        told = json.loads(path.read_text())
+        found = told.pop(_SUM)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, f"it is no JSON object with a checksum ({error!r:.80})") from error
+    if found != _checksum({}, json.dumps(told, sort_keys=True)):
+        raise damaged(path, "its checksum does not match")
+    return told
 
 
 def damaged(path: str | os.PathLike[str], why: str) -> ValueError:
