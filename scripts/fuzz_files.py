@@ -88,6 +88,8 @@ def sae(rng: random.Random, bench: Bench) -> str:
         found = bilens.saes.load(folder, hook)
         z = found.encode(torch.linspace(-1, 1, found.cfg.d_in)[None])
         right(bool(z.isfinite().all()) and z.shape == (1, found.cfg.d_sae), f"features {z}")
+        same = bench.saes[hook].encode(torch.linspace(-1, 1, 16)[None])
+        right(" gone " not in told or torch.equal(z, same), f"other features without a key: {z}")
         right(bool(found.decode(z).isfinite().all()), "reconstruction")
         return f"{int((z != 0).sum())} features"
 

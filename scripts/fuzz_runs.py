@@ -241,16 +241,24 @@ def interrupts(rng: random.Random, bench: Bench) -> str:
     bench.told = f"{task} at line {at} of {bench.lines[task]}"
     with contextlib.suppress(KeyboardInterrupt):
         _traced(calls[task], at)
+    _check_left(bench)
+    return bench.told
+
+
+def _check_left(bench: Bench) -> None:
+    """Make sure that an interrupt left nothing; what it left goes, so that the next case is its own."""
     model = bench.model
     left = [name for name, point in model.hook_dict.items() if point._forward_hooks or point._backward_hooks]
     left += [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    for point in model.hook_dict.values() if left else ():
+        for hooks in (point._forward_hooks, point._backward_hooks, point.fwd_hooks, point.bwd_hooks):
+            hooks.clear()
     right(not left, f"{len(left)} hooks are left: {left[:3]}")
     right(model.context_level == 0, f"context_level {model.context_level}")
     loss = model(bench.tokens, "loss").item()
     right(loss == bench.loss, f"loss {loss} against {bench.loss}")
     partials = [path.name for path in (bench.folder / "case").rglob("*.partial")]
     right(not partials, f"left behind: {partials}")
-    return bench.told
 
 
 def _traced(call: Callable[[], Any], stop: int | None) -> int:

@@ -128,7 +128,7 @@ HOOKS = ("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out")
 
 
 @pytest.fixture
-def stored(make_model, tmp_path):
+def stored(make_model, tmp_path, unchecked):
     """Return a model, and a folder with SAEs and cards of it."""
     model = make_model(dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)

@@ -131,7 +131,8 @@ def from_bytes(x: np.ndarray, y: np.ndarray, names: tuple[str, ...] | None = Non
     if y.dtype.kind not in "iuf" or not (y == np.floor(y)).all():  # NaN equals nothing
         raise ValueError(f"labels must be whole numbers, got {y.dtype} such as {y[:3].tolist()}")
     low, high = y.min(), y.max()
-    if not 0 <= low <= high < (most := MOST_CLASSES if names is None else len(names)):
+    most = MOST_CLASSES if names is None else len(names)
+    if not 0 <= low <= high < most:
         raise ValueError(f"labels must lie between 0 and {most - 1}, got {low:g} to {high:g}")
     names = tuple(str(i) for i in range(int(high) + 1)) if names is None else names
     return ImageSet(torch.tensor(x).float() / 255, torch.from_numpy(y.astype(np.int64)), names)

@@ -60,6 +60,8 @@ def _about(path: Path, said: str | None) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {key} must be counts, got {about[key]!r:.80}")
     if missing := {"model", "sae", "texts"} - set(about["provenance"]):
         raise CheckpointError(f"{path}: provenance must tell {', '.join(sorted(missing))}")
+    if not all(isinstance(value, str) for value in about["provenance"].values()):
+        raise CheckpointError(f"{path}: provenance must be texts, got {about['provenance']!r:.80}")
     return about
 
 

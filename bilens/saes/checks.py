@@ -13,11 +13,17 @@ LENS_FILES = ("cfg.json", "sae_weights.safetensors")
 _DTYPES = [name for one in sorted(map(str, DTYPES)) for name in (one.removeprefix("torch."), one)]
 
 
-_KINDS = {"architecture": str, "dtype": str, "metadata": dict, "normalize_activations": str, "device": str} | {
+_KINDS = {"architecture": str, "dtype": str, "metadata": dict, "device": str} | {
     "reshape_activations": str,
     "apply_b_dec_to_input": bool,
     "rescale_acts_by_decoder_norm": bool,
     "activation": str,
+}
+_WRITTEN = {  # what SAELens writes since 6.0, and reads as something else where it is missing
+    "": ("architecture", "dtype", "apply_b_dec_to_input", "normalize_activations"),
+    "topk": ("k",),
+    "bilens_signed_topk": ("k",),
+    "bilens_arrays": ("k", "activation"),
 }
 _CALLED = {str: "text", dict: "an object", bool: "true or false"}
 
@@ -36,6 +42,10 @@ def check_lens_folder(folder: Path) -> None:
     for key, kind in _KINDS.items():
         if type(config.get(key, kind())) is not kind:
             raise CheckpointError(f"{read.path}: {key} must be {_CALLED[kind]}, got {config[key]!r:.80}")
+    for kind in ("", config.get("architecture", "")):
+        missing = [key for key in _WRITTEN.get(kind, ()) if key not in config]
+        if missing and "sae_lens_version" in config.get("metadata", {}):
+            raise CheckpointError(f"{read.path}: {missing[0]} must be there, got nothing")
     if config.get("dtype", _DTYPES[0]) not in _DTYPES:
         raise CheckpointError(f"{read.path}: dtype must be one of {', '.join(_DTYPES)}, got {config['dtype']!r:.80}")
     hook = config.get("metadata", {}).get("hook_name")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas
 
 _SHOWN = 10  # rows in a notebook
+_ALL = 2**62  # as many as an index can count
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
         stands for it. Values are float64 for float64 inputs, else float32.
 
     Raises:
-        ValueError: `k` or `per_output` below 1, a basis of another width, NaN or infinite weights, `memory` too small,
-            a process group that cannot hold the tensors, or a checkpoint of another search.
+        ValueError: `k` or `per_output` below 1, a basis of another width, NaN or infinite weights, coefficients beyond
+            float32 of weights that are not float64, `memory` too small, a process group that cannot hold the tensors, or a checkpoint of another search.
         RuntimeError: The device's products are less exact than the bound grants them.
 
     Cost: per output feature `n_in² · inp` floating-point operations in the screening dtype (half of each symmetric
@@ -169,7 +170,7 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
     if screen is None:
         rates = product_rates(device) if group is None else of_the_first(product_rates(device), group, device)
         screen = fastest(rates)
-    wanted = Wanted(k, per_output, exclude_self)
+    wanted = Wanted(min(k, _ALL), None if per_output is None else min(per_output, _ALL), exclude_self)
     search = Search(Scaled.of(B, out, inp, screen), Coefficients(B, out, inp, memory), wanted)
     shard = range(search.layer.n_out) if group is None else share(search.layer.n_out, group)
     state = None if checkpoint is None else State(user_path(checkpoint), search, shard, group)
@@ -178,6 +179,8 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
         pools = {name: gather(pool, group) for name, pool in pools.items()}
         share_tally(search, group)
     found = {name: Interactions(*search.ranked(pool, name)) for name, pool in pools.items()}
+    if not all(one.value.isfinite().all() for one in found.values()):
+        raise ValueError("B must have coefficients within float32, or weights in float64, got some that overflow it")
     screened = search.layer.n_out * search.n_pairs
     certificate = Certificate(screened, **search.tally, dtype=screen, rates=rates)
     return replace(found["all"], certificate=certificate, per_output=found.get("each"))
