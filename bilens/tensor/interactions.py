@@ -157,7 +157,8 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
 
     Raises:
         ValueError: `k` or `per_output` below 1, a basis of another width, NaN or infinite weights, coefficients beyond
-            float32 of weights that are not float64, `memory` too small, a process group that cannot hold the tensors, or a checkpoint of another search.
+            float32 of weights that are not float64, `memory` too small, a process group that cannot hold the tensors,
+            or a checkpoint of another search.
         RuntimeError: The device's products are less exact than the bound grants them.
 
     Cost: per output feature `n_in² · inp` floating-point operations in the screening dtype (half of each symmetric
