@@ -153,6 +153,7 @@ class TextInterface:
                 )
         if padding_side not in ("left", "right", None):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        check_unicode(texts)
         rows = []
         for index, row in enumerate(self.token_rows(texts)):
             if prepend_bos is not False and self.has_bos and row[:1] != [self.bos_id]:  # no second one after one spelt
@@ -325,3 +326,12 @@ class TextInterface:
         elif is_text(tokens):
             tokens = [self.to_single_token(token) for token in tokens]
         return trained_logit_directions(self, token_ids(tokens, "tokens"))
+
+
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raise a ValueError for a text that is not Unicode (half a surrogate pair), by its number."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"input must hold Unicode, but text {index} does not: {error}") from None
