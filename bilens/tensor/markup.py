@@ -56,7 +56,10 @@ def _table(record: Any, facts: dict[str, Any]) -> str:
     n = max((len(column) for column in columns.values()), default=0)
     head = "".join(f"<th{_side(column)}>{escape(name)}</th>" for name, column in columns.items())
     lines = "".join(f"<tr>{''.join(_cells(columns, index))}</tr>" for index in range(min(n, ROWS)))
-    said = [f"{min(n, ROWS)} of {n} {unit_of(record)}", *(f"{name} {brief(one)}" for name, one in facts.items())]
+    said = [
+        f"{min(n, ROWS)} of {n} {unit_of(record)}",
+        *(f"{name} {brief(one)}" for name, one in facts.items() if one is not None),
+    ]
     caption = f"<caption{_LEFT}>{escape(_kind(record) + ' · '.join(said))}</caption>"
     return f"<table>{caption}<thead><tr>{head}</tr>{_courses(columns)}</thead><tbody>{lines}</tbody></table>"
 
