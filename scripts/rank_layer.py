@@ -52,6 +52,15 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def own_device(name: str) -> str:
+    """Return this process's own of the devices of a machine that its processes share."""
+    if name == "cpu" or ":" in name:
+        return name
+    index = int(os.environ["LOCAL_RANK"])
+    torch.accelerator.set_device_index(index)
+    return f"{name}:{index}"
+
+
 def load(args: argparse.Namespace) -> tuple:
     """Load the model and the SAEs before and after one of its MLPs."""
     model = bilens.load(args.model, device=args.device)
@@ -118,6 +127,7 @@ def main() -> None:
     shared = "WORLD_SIZE" in os.environ
     if shared:
         dist.init_process_group()
+    args.device = own_device(args.device) if shared else args.device
     group = dist.group.WORLD if shared else None
     first = not shared or dist.get_rank() == 0
     model, inp, out = load(args)
