@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import twin
-from test_hub import Handler, hub, offline  # noqa: F401 - fixtures
+from hub_server import Handler
 
 import bilens
 from bilens.circuits.compiled import write_scope
@@ -53,7 +53,7 @@ def reference() -> twin.Reference:
 
 
 @pytest.fixture
-def served(hub, files, monkeypatch):  # noqa: F811
+def served(hub, files, monkeypatch):
     """A Hub with the twin on it, which also lists the files of a repository."""
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
     plain = Handler.do_GET
@@ -289,7 +289,7 @@ def test_an_interrupted_download_goes_on(served, command, tmp_path, reference):
     check_losses(results(tmp_path / "out"), reference)
 
 
-def test_offline_from_the_cache_gives_the_same_page(served, offline, command, tmp_path):  # noqa: F811
+def test_offline_from_the_cache_gives_the_same_page(served, offline, command, tmp_path):
     run(command())
     served.asked.clear()
     offline()

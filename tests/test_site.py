@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
-from test_hub import hub  # noqa: F401 - a fixture
-from test_reproduce_published import files, served  # noqa: F401 - fixtures
+import twin
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tutorials"
@@ -23,8 +23,28 @@ sys.path.remove(str(SOURCE / "site"))
 PAGES = sorted(SOURCE.rglob("*.md"))
 
 
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """The files of a planted twin of ts-medium and of its SAEs, by repository and name."""
+    folder, found = tmp_path_factory.mktemp("twin"), {}
+    twin.build().save(folder)
+    for part, repo in (("model", "tdooms/ts-medium"), ("scope", "tdooms/ts-medium-scope")):
+        paths = [path for path in (folder / part).rglob("*") if path.is_file()]
+        named = {path.relative_to(folder / part).as_posix().replace("-x13-", "-x4-"): path for path in paths}
+        found[repo] = {name: path.read_bytes() for name, path in named.items()}
+    return found
+
+
+@pytest.fixture
+def served(hub, twins, monkeypatch):
+    """A Hub on this machine with the twin on it."""
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    for repo, files in twins.items():
+        hub.commit(repo, files)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(SOURCE).with_suffix("").as_posix())
-def test_the_blocks_of_a_page_run(page, served, tmp_path, monkeypatch, unchecked):  # noqa: F811
+def test_the_blocks_of_a_page_run(page, served, tmp_path, monkeypatch, unchecked):
     """Models of the Hub are a planted twin's, served on this machine; what a page says it prints, it prints."""
     monkeypatch.chdir(tmp_path)
     for block, said, printed in blocks.run_page(page):

@@ -7,6 +7,7 @@ scripts) are only parsed, by the parser of the program itself; other tests run t
 import argparse
 import contextlib
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -54,7 +55,7 @@ def blocks_of(page: Path) -> list[Block]:
 def run_page(page: Path) -> list[tuple[Block, Block, str]]:
     """Run all blocks of a page; return each Python block that has its output behind it, that, and what it printed."""
     space, printed, blocks = {"__name__": "__page__"}, [], blocks_of(page)
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, after in itertools.pairwise([*blocks, None]):
         if block.kind == "python":
             out = run_python(block, page, space)
             if after is not None and after.kind == "text":

@@ -20,8 +20,9 @@ from plotly.offline import get_plotlyjs
 from bilens.report.figures import NEGATIVE, POSITIVE
 
 SOURCE = Path(__file__).parents[1]
-IMAGE = re.compile(r"```(?:\n*```text\n.*?```)?\n+!\[[^\]]*\]\(([^)]+\.svg)\)", re.DOTALL)
+IMAGE = re.compile(r"```(?:\n*```text\n[^`]*```)?\n+!\[[^\]]*\]\(([^)]+\.svg)\)")
 CHROMIUM = "/usr/bin/chromium"
+TALL = 760  # pixels of a report's section that are shown
 SLOW = 300_000  # milliseconds
 SHOTS = {"report.png": "#negation", "report-circuit.png": "#finding-4"}
 NEGATOR, WORDS, VERDICTS = 7, (151, 388), (417, 197)  # features of layer 3, as `bilens` names them
@@ -38,7 +39,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         if args.report is not None:
             (SOURCE / "figures" / "negation.svg").write_text(negation())
-            photograph(browser.new_page(viewport={"width": 900, "height": 900}), args.report.resolve())
+            photograph(browser.new_page(viewport={"width": 1120, "height": 900}), args.report.resolve())
         canvas = browser.new_page()
         canvas.set_default_timeout(SLOW)
         canvas.set_content("<div id=figure></div>")
@@ -80,7 +81,9 @@ def photograph(page: Page, report: Path) -> None:
     page.set_default_timeout(SLOW)
     page.goto(report.as_uri())
     for name, where in SHOTS.items():
-        page.locator(where).screenshot(path=SOURCE / "figures" / name)
+        box = page.locator(where).bounding_box()
+        clip = {"x": box["x"], "y": box["y"], "width": box["width"], "height": min(box["height"], TALL)}
+        page.screenshot(path=SOURCE / "figures" / name, full_page=True, clip=clip)
 
 
 def negation() -> str:
@@ -89,31 +92,31 @@ def negation() -> str:
     from bilens import circuits
 
     lens = circuits.FeatureLayer.load(bilens.load("bilens-mini"), 3)
-    left, middle, right = 8, 330, 472
-    at = {WORDS[0]: 40, NEGATOR: 110, WORDS[1]: 180, VERDICTS[0]: 75, VERDICTS[1]: 145}
-    edges, nodes = [], [_box(left, at[i], "input", i, lens.name("inp", i)) for i in (WORDS[0], NEGATOR, WORDS[1])]
-    for word, y in zip(WORDS, (75, 145), strict=True):
-        edges += [_edge(left + 260, at[i], middle, y, "#9aa5b1", 1.5) for i in (word, NEGATOR)]
+    left, middle, right, wide = 8, 360, 560, 290
+    rows = {WORDS[0]: 40, NEGATOR: 120, WORDS[1]: 200, VERDICTS[0]: 70, VERDICTS[1]: 170}
+    inputs = (WORDS[0], NEGATOR, WORDS[1])
+    edges, nodes = [], [_box(left, rows[i], wide, f"input feature {i}", lens.name("inp", i)) for i in inputs]
+    for word, y in zip(WORDS, (70, 170), strict=True):
+        edges += [_edge(left + wide, rows[i], middle, y, "#9aa5b1", 1.5) for i in (word, NEGATOR)]
         nodes.append(f'<circle cx="{middle}" cy="{y}" r="13" fill="#fff" stroke="#1f2933"/>')
         nodes.append(f'<text x="{middle}" y="{y + 5}" text-anchor="middle" font-size="16">×</text>')
+        outside = -9 if y < 120 else 19  # of the lines that cross: where labels have room
         for out in VERDICTS:
             value = 2 * lens.coefficients(out)[NEGATOR, word].item()
             color = POSITIVE if value > 0 else NEGATIVE
-            edges.append(_edge(middle + 13, y, right, at[out], color, 12 * abs(value)))
-            where = (3 * (middle + 13) + right) / 4 if at[out] != y else (middle + 13 + right) / 2
-            lift = -7 if at[out] == y else (10 if at[out] > y else -4)
-            shift = (at[out] - y) * (0.22 if at[out] != y else 0)
-            nodes.append(f'<text x="{where:.0f}" y="{y + shift + lift:.0f}" fill="{color}">{value:+.2f}</text>')
-    nodes += [_box(right, at[out], "output", out, lens.name("out", out)) for out in VERDICTS]
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 220" width="740" height="220" role="img" '
-    head += 'font-family="system-ui, sans-serif" font-size="13"><rect width="740" height="220" fill="#fff"/>'
+            edges.append(_edge(middle + 13, y, right, rows[out], color, 12 * abs(value)))
+            x, lift = (middle + 100, outside) if rows[out] == y else (middle + 24, 27 if y < 120 else -18)
+            nodes.append(f'<text x="{x}" y="{y + lift:.0f}" fill="{color}">{value:+.2f}</text>')
+    nodes += [_box(right, rows[out], 190, f"output feature {out}", lens.name("out", out)) for out in VERDICTS]
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 240" width="760" height="240" role="img" '
+    head += 'font-family="system-ui, sans-serif" font-size="13"><rect width="760" height="240" fill="#fff"/>'
     return head + "".join(edges + nodes) + "</svg>\n"
 
 
-def _box(x: int, y: int, side: str, feature: int, name: str) -> str:
-    name = escape(name if len(name) <= 38 else f"{name[:37]}…")
-    box = f'<rect x="{x}" y="{y - 23}" width="260" height="46" rx="6" fill="#f5f7fa" stroke="#9aa5b1"/>'
-    told = f'<text x="{x + 10}" y="{y - 5}" fill="#52606d">{side} feature {feature}</text>'
+def _box(x: int, y: int, wide: int, what: str, name: str) -> str:
+    name = escape(name if len(name) <= 44 else f"{name[:43]}…")
+    box = f'<rect x="{x}" y="{y - 23}" width="{wide}" height="46" rx="6" fill="#f5f7fa" stroke="#9aa5b1"/>'
+    told = f'<text x="{x + 10}" y="{y - 5}" fill="#52606d">{what}</text>'
     return f'{box}{told}<text x="{x + 10}" y="{y + 13}" fill="#1f2933">{name}</text>'
 
 

@@ -11,6 +11,8 @@ WINGS = ("tensor", "models", "saes", "circuits", "images", "report")
 REMOTE = re.compile(r'<script[^>]*(?:src="https?:[^"]*"|type="text/x-mathjax-config")[^>]*>.*?</script>', re.DOTALL)
 MERMAID = re.compile(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', re.DOTALL)
 
+PICTURE = re.compile(r'<img(?=[^>]*\ssrc="https?:)[^>]*?(?:\salt="([^"]*)"[^>]*)?/?>')
+
 
 def on_config(config):
     """List the notebooks that there are in the navigation, in the order of their numbers."""
@@ -27,8 +29,10 @@ def on_files(files, config):
 
 
 def on_page_content(html, page, config, files):
-    """Take out of notebooks what would load scripts from the network, for formulas and diagrams: there are none."""
-    return MERMAID.sub("", REMOTE.sub("", html)) if page.file.src_uri.endswith(".ipynb") else html
+    """Take out of notebooks what the network would be asked for: scripts for formulas and diagrams, badges."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return PICTURE.sub(lambda picture: picture[1] or "", MERMAID.sub("", REMOTE.sub("", html)))
 
 
 def reference() -> dict[str, str]:
