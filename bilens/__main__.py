@@ -1,7 +1,6 @@
 """The command line: circuits of a layer, attribution of a prompt, features and their cards, checks of a model."""
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spin
 REPORT = Path("bilens-report.html")
 CONTROLS = 3  # random edits beside that of the negation, each at two strengths: a few seconds
 LONG = 4096**3  # coefficients whose ranking takes over a minute
+GROUPED = 64  # input features of each output that are looked at for groups
 SHOWN = 12  # output features in the report's table of the layer
 
 
@@ -150,11 +150,15 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         forecast(console, args, lens, texts)
     with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
         strongest = bilens.top_interactions(
-            lens.tensor, 100, out=lens.readers, inp=lens.writers, **long_run(args, lens)
+            lens.tensor, 100, out=lens.readers, inp=lens.writers, features=GROUPED, **long_run(args, lens)
         )
     terminal.print_ranking(console, lens, strongest)
     with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
-        found = circuits.search(lens, generator=generator, null=args.null, n=args.draws)
+        found = circuits.search(
+            lens, generator=generator, null=args.null, n=args.draws,
+            # a constant is no feature of a group, but may be one of the strongest
+            features=GROUPED if lens.tensor.constant else strongest.features,
+        )  # fmt: skip
     with console.status("sampling text from the model ..."):
         dataset = sample_text(model) if texts is None else texts
     with console.status("ranking output features by their spectra ..."):
@@ -506,13 +510,11 @@ def read_rows(name: str) -> Iterable[dict[str, Any]]:
     """
     import datasets
 
-    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
-    suffix = Path(name).suffix
-    if Path(name).is_file() or suffix in kinds:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"no such file: {name}")
-        with contextlib.redirect_stdout(sys.stderr):
-            return datasets.load_dataset(kinds.get(suffix, "text"), data_files=name, split="train", streaming=True)
+    from .models.texts import READERS, stream_of
+
+    path = Path(name).expanduser()
+    if path.is_file() or path.suffix in READERS:
+        return stream_of(path)
     repository, _, split = name.partition(":")
     return datasets.load_dataset(repository, split=split or "train", streaming=True)
 

@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = load(args)
     digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in model.state_dict().values())).hexdigest()
     start = model.bos_id if model.has_bos else model.eos_id  # which then parts texts (Qwen, SimpleStories)
-    windows, held_out, digests = read(args, model.tokenizer, Ends(start, model.eos_id))
+    windows, held_out, digests = read(args, model.tokenizer.backend_tokenizer, Ends(start, model.eos_id))
     model, r2 = soften(args, model.to(accelerator.device), windows)
     for name, value in r2.items():
         accelerator.print(f"{name}: a linear map explains R² {value:.3f}")

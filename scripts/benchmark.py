@@ -1,8 +1,8 @@
 """Measure every speed claim of the project, each as a ratio against a named alternative timed in turn with it.
 
-    python scripts/benchmark.py                  # everything, about a quarter of an hour on two cores
-    python scripts/benchmark.py ranking spectra  # some of it
-    python scripts/benchmark.py --device DEVICE  # where torch finds an accelerator
+    python scripts/benchmark.py                  # everything, about half an hour on two cores
+    python scripts/benchmark.py ranking spectra  # some of it: each part stands alone
+    python scripts/benchmark.py --device cuda    # a quarter of an hour; `exact`, its first part, says whether to go on
 
 Each pair of contestants runs alternately; the ratio is that of the medians. The machine should have nothing else to do.
 """
@@ -11,51 +11,26 @@ import argparse
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from benchmark_calls import CALLS
+from timing import duel, row, timed
 from torch import Tensor, nn
 
 import bilens
 from bilens import BilinearTensor, saes
 from bilens.circuits.scoring import Shared
 from bilens.tensor.extremes import two_strongest
-from bilens.tensor.precision import product_rates, screen_dtype
+from bilens.tensor.precision import SCREENS, product_rates, screen_dtype
 
 K = 1000
 SHAPES = {  # d_model, hidden, features, outputs timed
     "ts-medium": (512, 2048, 2048, 2048),
     "fw-medium": (1024, 4096, 8192, 118),
 }
-
-
-def timed(function: Callable[[], object], device: str = "cpu") -> float:
-    """Return the seconds a call takes."""
-    start = time.perf_counter()
-    function()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def duel(ours: Callable, theirs: Callable, runs: int = 5, device: str = "cpu") -> tuple[float, float]:
-    """Return the median seconds of two functions run alternately, after one warm-up each."""
-    timed(ours, device), timed(theirs, device)
-    times = [(timed(ours, device), timed(theirs, device)) for _ in range(runs)]
-    return tuple(median(column) for column in zip(*times, strict=True))
-
-
-def row(what: str, ours: float, theirs: float, note: str = "") -> None:
-    """Print one line of the table."""
-    print(f"| {what} | {_seconds(ours)} | {_seconds(theirs)} | {theirs / ours:.2f}x | {note} |", flush=True)
-
-
-def _seconds(number: float) -> str:
-    return f"{number:.3g} s" if number >= 1 else f"{number * 1e3:.3g} ms"
 
 
 def environment(device: str) -> None:
@@ -68,6 +43,30 @@ def environment(device: str) -> None:
     rates = ", ".join(f"{rate / 1e9:.3g} in {dtype}" for dtype, rate in product_rates(torch.device(device)).items())
     print(f"CPU capability {torch.backends.cpu.get_cpu_capability()}; GFLOP/s of products: {rates}")
     print("\n| what | bilens | alternative | ratio | |\n|---|---|---|---|---|")
+
+
+# -- exactness --------------------------------------------------------------------------------------------------------
+
+
+def exact(device: str) -> None:
+    """Rank a layer of integers in every screening dtype: the order must be brute force's, no error above its bound."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((24, 96), (96, 64), (96, 64), (80, 24), (300, 64))
+    down, left, right, readers, writers = (torch.randint(-2, 3, shape, generator=g).double() for shape in shapes)
+    Q = torch.stack([writers @ M @ writers.T for M in BilinearTensor(down, left, right).matrix(readers)])
+    strength = (Q.abs() * (2 - torch.eye(len(writers)))).triu().flatten()
+    strongest = strength.argsort(descending=True, stable=True)[:K]  # ties by index
+    for dtype in SCREENS:
+        B = BilinearTensor(*(part.to(device) for part in (down, left, right)))
+        found = bilens.top_interactions(B, K, out=readers.to(device), inp=writers.to(device), screen=dtype)
+        index = (found.out * len(writers) + found.left) * len(writers) + found.right
+        if not torch.equal(index.cpu(), strongest):
+            raise RuntimeError(f"screened in {dtype} on {device}, the ranking is not that of brute force")
+        done = found.certificate
+        what = f"largest error of screening in {dtype}, against its bound"
+        note = f"order of {K}, with ties, as by brute force"
+        ratio = done.bound / max(done.error, 1e-300)
+        print(f"| {what} | {done.error:.3g} | {done.bound:.3g} | {ratio:.3g}x | {note} |", flush=True)
 
 
 # -- whole-layer ranking ----------------------------------------------------------------------------------------------
@@ -300,12 +299,14 @@ def imports(device: str) -> None:
 
 
 PARTS = {
+    "exact": exact,
     "ranking": ranking,
     "memory": memory,
     "search": search,
     "spectra": spectra,
     "forward": forward,
     "imports": imports,
+    **CALLS,
 }
 
 

@@ -78,7 +78,7 @@ def verdict_ids(model: BilinearTransformer, words: tuple[str, ...]) -> Int[Tenso
     Raises:
         ValueError: A verdict is not a single token.
     """
-    ids = [model.tokenizer.encode(word, add_special_tokens=False).ids for word in words]
+    ids = model.token_rows(words)
     if any(len(some) != 1 for some in ids):
         raise ValueError(f"verdicts must be single tokens, {words} are {ids}")
     return torch.tensor([some[0] for some in ids], device=model.W_E.device)
@@ -86,10 +86,9 @@ def verdict_ids(model: BilinearTransformer, words: tuple[str, ...]) -> Int[Tenso
 
 def prompt_ids(model: BilinearTransformer, sentence: str) -> list[int]:
     """Return BOS, the sentence's last tokens that fit, and the prompt."""
-    prompt = model.tokenizer.encode(PROMPT, add_special_tokens=False).ids
-    tokens = model.tokenizer.encode(sentence, add_special_tokens=False).ids
+    prompt, tokens = model.token_rows([PROMPT, sentence])
     room = model.cfg.n_ctx - 1 - len(prompt)
-    return [model.tokenizer.token_to_id("[BOS]"), *tokens[-room:], *prompt]
+    return [model.bos_id, *tokens[-room:], *prompt]
 
 
 @torch.no_grad()

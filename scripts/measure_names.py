@@ -66,8 +66,8 @@ class Score(NamedTuple):
 
 def old_label(cards: saes.FeatureCards, feature: int) -> saes.Label:
     """Return the name by the tokens at the strongest positions alone, as a rule."""
-    contexts, tokenizer = cards.contexts, cards.model.tokenizer
-    tokens = [tokenizer.token_to_id(token) for token in contexts.top_tokens(feature, cards.model, 3)]
+    contexts = cards.contexts
+    tokens = contexts.top_ids(feature, 3)
     cue = contexts.cue(feature, 0.7) if len(tokens) > 1 else None
     return saes.Label(contexts.label(feature, cards.model), None, tuple(tokens), () if cue is None else (cue,), 3)
 

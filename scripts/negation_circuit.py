@@ -264,7 +264,7 @@ def review_row(
 def held_out_reviews(path: Path, model: bilens.BilinearTransformer, fraction: float, seed: int) -> dict[str, list[str]]:
     """Return held-out reviews as they are, and the ends of those with a mark, with their verdict."""
     reviews = [review for review in read_reviews(path, fraction) if review.split == "held-out"]
-    ends = review_rows(reviews, model.tokenizer, 120, random.Random(seed))
+    ends = review_rows(reviews, model.tokenizer.backend_tokenizer, 120, random.Random(seed))
     return {
         "as they are": [review.text for review in reviews[:150]],
         "ends and verdicts": [row["text"] for row in ends],

@@ -29,7 +29,9 @@ class Pronouns:
         self.model, self.layer = model, model.cfg.n_layers - 1
         self.words = [model.to_single_token(word) for word in words]
         ends = Ends(model.bos_id, model.eos_id)
-        self.tokens, self.mask = held_out_rows(encode(model.tokenizer, texts, ends), model.cfg.n_ctx, ends)
+        self.tokens, self.mask = held_out_rows(
+            encode(model.tokenizer.backend_tokenizer, texts, ends), model.cfg.n_ctx, ends
+        )
         after = self.tokens[:, 1:]
         self.where = torch.zeros_like(self.mask)
         self.where[:, :-1] = ((after == self.words[0]) | (after == self.words[1])) & self.mask[:, 1:]

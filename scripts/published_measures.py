@@ -112,9 +112,10 @@ def one_output(subject: Subject, lens: FeatureLayer, feature: int) -> dict[str, 
 def landmarks(subject: Subject, lens: FeatureLayer, vectors: Tensor) -> dict[str, list[float]]:
     """Place the unembedding's bad - good, and what enters the MLP at "not" after BOS, beside the features."""
     model, points = subject.model, {}
-    ids = {word: model.tokenizer.token_to_id(word) for word in ("not", "bad", "good")}
-    if None in ids.values():
+    found = {word: model.tokens_of([word]) for word in ("not", "bad", "good")}
+    if not all(found.values()):
         return points
+    ids = {word: some[0] for word, some in found.items()}
     bad, good = logit_directions(model, [ids["bad"], ids["good"]])
     points["bad - good"] = bad - good
     tokens = torch.tensor([[model.bos_id, ids["not"]]], device=model.W_U.device)

@@ -123,11 +123,8 @@ def drawing() -> Iterator[Any]:
 
 def picture(figure: str, page: Any) -> str:
     """Draw a figure, as a PNG of few colours in base64."""
-    page.evaluate(
-        "f => { f = JSON.parse(f); return Plotly.newPlot('figure', f.data, f.layout, {staticPlot: true}).then(_ => 0) }",
-        figure,
-    )
-    drawn = Image.open(io.BytesIO(page.locator("#figure").screenshot())).convert("RGB")
+    page.evaluate("f => { f = JSON.parse(f); return Plotly.newPlot('figure', f.data, f.layout).then(_ => 0) }", figure)
+    drawn = Image.open(io.BytesIO(page.locator("#figure .svg-container").screenshot())).convert("RGB")
     buffer = io.BytesIO()
     drawn.quantize(COLORS).save(buffer, "png", optimize=True)
     page.evaluate("Plotly.purge('figure')")

@@ -137,8 +137,8 @@ def started_model(args: argparse.Namespace) -> BilinearTransformer:
     if args.context > model.cfg.n_ctx:
         raise SystemExit(f"--context must be at most {model.cfg.n_ctx}, as {args.start} has, got {args.context}")
     if not tokenizer_file.exists():
-        model.tokenizer.save(str(tokenizer_file))
-    elif Tokenizer.from_file(str(tokenizer_file)).to_str() != model.tokenizer.to_str():
+        model.tokenizer.backend_tokenizer.save(str(tokenizer_file))
+    elif Tokenizer.from_file(str(tokenizer_file)).get_vocab() != model.tokenizer.get_vocab():
         raise SystemExit(f"{tokenizer_file} must be the tokenizer of --start {args.start}, is another: delete it")
     return model
 
@@ -393,7 +393,9 @@ def train(args: argparse.Namespace) -> None:
     model, windows, held_out, settings = prepare(args, accelerator)
     if args.wandb:
         accelerator.init_trackers(args.wandb, settings)
-    loss_of = mean_loss if args.verdict_weight == 1 else verdict_loss(model.tokenizer, args.verdict_weight)
+    loss_of = (
+        mean_loss if args.verdict_weight == 1 else verdict_loss(model.tokenizer.backend_tokenizer, args.verdict_weight)
+    )
     curve = optimise(args, accelerator, model, windows, held_out, settings, loss_of=loss_of)
     if accelerator.is_main_process:
         export(args.out / "model", model, held_out, {"settings": settings, "curve": curve})

@@ -59,7 +59,10 @@ class Handler(BaseHTTPRequestHandler):
             kind, repo, revision = tree.groups()
             return self.answer_tree(f"{kind}/{repo}" if kind == "datasets" else repo, revision)
         pattern = r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)"
-        repo, revision, file = re.fullmatch(pattern, url.path).groups()
+        named = re.fullmatch(pattern, url.path)
+        if named is None:  # what else the client wants to know
+            return self.answer_error(404, "EntryNotFound")
+        repo, revision, file = named.groups()
         hub = self.server.hub
         if self.refuses(repo, revision, file):
             return None

@@ -387,7 +387,7 @@ def test_a_token_has_the_probability_that_the_model_gives_it(hard, inp, out, tmp
     for node in logits:
         expected = chance[node["ctx_idx"], node["feature"]].item()
         assert node["token_prob"] == pytest.approx(expected, rel=1e-9)
-        assert node["clerp"] == f'Output "{hard.tokenizer.id_to_token(node["feature"])}" (p={expected:.3f})'
+        assert node["clerp"] == f'Output "{hard.labels([node["feature"]])[0]}" (p={expected:.3f})'
 
 
 def test_graphs_of_a_folder_are_listed_once_each(hard, inp, out, tmp_path):

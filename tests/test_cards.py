@@ -113,7 +113,7 @@ def test_tokens_are_those_whose_logits_move_most(model, fitted, found):
     effects = effects - effects.mean(1, keepdim=True)
     card = found[hook][7]
     best = effects[7].argsort(descending=True)[:3].tolist()
-    assert list(card.promoted)[:3] == [model.tokenizer.id_to_token(i) for i in best]
+    assert list(card.promoted)[:3] == [model.label(i) for i in best]
     assert min(card.demoted.values()) == pytest.approx(effects[7].min().item(), rel=1e-4)
 
 
@@ -180,7 +180,7 @@ def test_groups_are_found_and_named_by_words_and_labels(model, fitted, rows, fou
     for feature in near.tolist():
         windows = one.contexts.tokens[feature]
         windows = windows[windows[:, one.contexts.peak] >= 0]
-        cat = model.tokenizer.token_to_id("cat")
+        cat = model.tokenizer.convert_tokens_to_ids("cat")
         assert (windows[:, one.contexts.peak - 3 : one.contexts.peak + 1] == cat).any(1).all()
     assert 0 < len(near) < 40
     features, weights = one.telling("good", 0.1)
@@ -198,7 +198,7 @@ def test_a_group_is_named_by_the_weighted_votes_of_its_features(model):
     values[0, :, 10], values[1, :, 10] = torch.tensor([3.0, 1.0]), torch.tensor([0.5, 0.5])
     contexts = saes.Contexts(tokens, values, torch.tensor([0.1, 0.1]), peak=10)
 
-    seven, eight, nine = map(model.tokenizer.id_to_token, (7, 8, 9))
+    seven, eight, nine = map(model.label, (7, 8, 9))
     assert contexts.top_tokens([0, 1], model) == [nine, seven, eight]
     assert contexts.top_tokens([0, 1], model, weights=[2.0, 0.1]) == [seven, eight, nine]
     assert contexts.label([0, 1], model, weights=[-2.0, 0.1], n=1) == seven
@@ -226,9 +226,9 @@ def test_errors_name_the_argument(model, fitted, rows, found, tmp_path):
         collect(model, fitted, rows, text="body")
     with pytest.raises(ValueError, match="got texts without columns"):
         collect(model, fitted, ["the cat"], label="kind")
-    with pytest.raises(ValueError, match=r"dataset must hold texts, got float 0\.5 in row 1"):
+    with pytest.raises(ValueError, match=r"dataset must hold strings, got float 0\.5 as text 1"):
         collect(model, fitted, [{"text": "the"}, {"text": 0.5}])
-    with pytest.raises(ValueError, match=r"dataset must hold texts, got list \['the'\] in row 0"):
+    with pytest.raises(ValueError, match=r"dataset must hold strings, got list \['the'\] as text 0"):
         collect(model, fitted, [["the"]])
     with pytest.raises(ValueError, match="saes must hold at least one SAE"):
         collect(model, {}, rows)

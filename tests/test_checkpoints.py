@@ -91,7 +91,7 @@ def test_published_checkpoint_survives_a_round_trip(published, tmp_path):
     bilens.save(model, tmp_path)
     again = bilens.load(tmp_path)
     assert_same(model, again)
-    assert again.tokenizer.to_str() == model.tokenizer.to_str()
+    assert again.tokenizer.backend_tokenizer.to_str() == model.tokenizer.backend_tokenizer.to_str()
     source, written = (load_file(folder / "model.safetensors") for folder in (published, tmp_path))
     assert written.keys() == source.keys()
     for name, weight in source.items():
@@ -275,7 +275,9 @@ def test_tokenizer_argument_names_a_folder_or_a_file(saved, tiny_tokenizer, tmp_
     (saved / "tokenizer.json").unlink()
     (tmp_path / "folder").mkdir()
     tiny_tokenizer.save(str(tmp_path / "folder" / "tokenizer.json"))
-    assert bilens.load(saved, tokenizer=tmp_path / given).tokenizer.to_str() == tiny_tokenizer.to_str()
+    assert (
+        bilens.load(saved, tokenizer=tmp_path / given).tokenizer.backend_tokenizer.to_str() == tiny_tokenizer.to_str()
+    )
 
 
 def test_published_tokenizer_gets_its_decoder_and_loses_padding_and_truncation(tiny_tokenizer, tmp_path):
@@ -565,10 +567,11 @@ def test_loading_writes_nothing(saved, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == entries
 
 
-def test_saving_writes_three_files_and_nothing_else(make_model, tmp_path):
+def test_saving_writes_config_weights_and_tokenizer_and_nothing_else(make_model, tmp_path):
     bilens.save(make_model(dtype=torch.float32), tmp_path / "deep" / "model")
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert written == [f"deep/model/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")]
+    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert written == [f"deep/model/{file}" for file in files]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["model"]
 
 
@@ -589,6 +592,7 @@ def test_saving_over_a_checkpoint_leaves_a_model_loaded_from_it_alone(saved, mak
         "model.safetensors",
         "notes.txt",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
 
 
@@ -620,7 +624,7 @@ def test_failed_save_leaves_the_folder_as_it_was(saved, make_model, flaw):
             model.blocks[1].mlp.p.weight[3, 5] = math.nan
     else:  # fails after config and weights are written
         model.tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-        model.tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(object())
+        model.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(object())
     with pytest.raises(Exception, match=r"blocks\.1\.mlp\.p\.weight must be finite|cannot be serialized"):
         bilens.save(model, saved)
     assert contents(saved) == before

@@ -57,6 +57,12 @@ def test_the_strongest_outliers_are_those_of_all(lens):
     assert len(circuits.outliers(lens, k=10_000).feature) == len(full.feature)
     with pytest.raises(ValueError, match="k must be None with by='ratio', got 3"):
         circuits.outliers(lens, "ratio", k=3)
+    found = circuits.search(lens, ["outlier"], generator=torch.Generator().manual_seed(0), n=1, tail=False)
+    for name in ("feature", "values", "bulk"):
+        torch.testing.assert_close(getattr(circuits.outliers(lens, k=5, found=found), name), getattr(few, name))
+    other = circuits.search(lens, ["and"], generator=torch.Generator().manual_seed(0), n=1, tail=False)
+    with pytest.raises(ValueError, match="found must be a search for outliers among 40 output features"):
+        circuits.outliers(lens, found=other)
 
 
 @pytest.mark.parametrize("by", ["strength", "ratio"])

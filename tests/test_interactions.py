@@ -98,7 +98,7 @@ def test_exact_order_with_ties(plan, seed, k, constant, read, written, exclude_s
     out = integers(g, 5, 3, high=1) if read else None
     inp = integers(g, 3, 4 - constant, high=1) if written else None
     plan(g)
-    options = {"per_output": 3, "exclude_self": exclude_self, "screen": screen, "memory": memory}
+    options = {"per_output": 3, "features": 2, "exclude_self": exclude_self, "screen": screen, "memory": memory}
     with patch.object(scaled, "_ENOUGH", enough):
         found = top_interactions(B, k, out, inp, **options)
     expected = [pair for pair in brute_force(B, out, inp) if not (exclude_self and pair[2] == pair[3])]
@@ -106,6 +106,12 @@ def test_exact_order_with_ties(plan, seed, k, constant, read, written, exclude_s
     n_out = 5 if read else 3
     assert listed(found.per_output) == [pair for o in range(n_out) for pair in [p for p in expected if p[1] == o][:3]]
     assert found.certificate.screened == len(expected)
+    largest = torch.zeros(n_out, (3 if written else 4 - constant) + constant)
+    for value, *at in expected:  # of a feature with itself, or of either of a pair
+        for feature in at[1:]:
+            largest[at[0], feature] = max(largest[at[0], feature], abs(value))
+    assert found.features.sort(1).values.diff(dim=1).all()  # each once
+    assert equal(largest.gather(1, found.features), largest.sort(1, descending=True).values[:, :2])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -464,16 +470,17 @@ def test_a_search_goes_on_in_another_dtype(tmp_path, plan):
     """What a machine multiplies faster is no argument, and may be another one after a kill."""
     B, out, inp = medium()
     plan(torch.Generator().manual_seed(0))
-    whole = top_interactions(B, 40, out, inp, per_output=3)
+    whole = top_interactions(B, 40, out, inp, per_output=3, features=6)
     save, saved = State.save, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "SAVE_EVERY", 0)
         patch.setattr(State, "save", lambda self, *args: (save(self, *args), saved.append(args), stop()))
         with pytest.raises(KeyboardInterrupt):
-            top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path, screen=torch.bfloat16)
+            top_interactions(B, 40, out, inp, per_output=3, features=6, checkpoint=tmp_path, screen=torch.bfloat16)
     assert 0 < saved[0][0] < len(out)
-    found = top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path, screen=torch.float32)
+    found = top_interactions(B, 40, out, inp, per_output=3, features=6, checkpoint=tmp_path, screen=torch.float32)
     assert equal(found, whole)
+    assert torch.equal(found.features, whole.features)
     assert equal(found.per_output, whole.per_output)
 
 
@@ -485,38 +492,54 @@ SHARED = """
 import sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from bilens import BilinearTensor, top_interactions
+from bilens.tensor import state
+from bilens.tensor.state import State
+
 dist.init_process_group("gloo")
-given = load_file(sys.argv[1])
-B = BilinearTensor(given["down"], given["left"], given["right"])
-found = top_interactions(B, 500, given["out"], given["inp"], per_output=3, group=dist.group.WORLD)
-names = ("out", "left", "right", "value")
-parts = dict(zip(names, found)) | {"each." + name: part for name, part in zip(names, found.per_output)}
-save_file(parts, f"{sys.argv[2]}/{dist.get_rank()}.safetensors")
+given, folder, names = load_file(sys.argv[1]), sys.argv[2], ("out", "left", "right", "value")
+state.SAVE_EVERY, save = 0, State.save
+
+def killed(self, *args):
+    save(self, *args)
+    raise KeyboardInterrupt
+
+for dtype in (torch.float32, torch.float64):
+    down, left, right, out, inp = (part.to(dtype) for part in given.values())
+    options = {"per_output": 3, "features": 5, "group": dist.group.WORLD, "checkpoint": f"{folder}/{dtype}"}
+    State.save = killed
+    try:
+        top_interactions(BilinearTensor(down, left, right), 500, out, inp, **options)
+    except KeyboardInterrupt:
+        State.save = save
+    found = top_interactions(BilinearTensor(down, left, right), 500, out, inp, **options)
+    parts = dict(zip(names, found)) | {"each." + name: part for name, part in zip(names, found.per_output)}
+    save_file(parts | {"features": found.features}, f"{folder}/{dtype}-{dist.get_rank()}.safetensors")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_number_of_ranks_gives_the_same_bits(tmp_path, dtype):
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_every_number_of_ranks_gives_the_same_bits(tmp_path, n_ranks):
+    """Also where each rank was killed after its first pieces, and went on from what it had kept."""
     B, out, inp = medium(n_out=13)
     given = {"down": B.down, "left": B.left, "right": B.right, "out": out, "inp": inp}
-    save_file({name: tensor.to(dtype) for name, tensor in given.items()}, tmp_path / "given.safetensors")
+    save_file({str(number): tensor for number, tensor in enumerate(given.values())}, tmp_path / "given.safetensors")
     (tmp_path / "shared.py").write_text(SHARED)
-    alone = top_interactions(B.to(dtype), 500, out.to(dtype), inp.to(dtype), per_output=3)
-    for n_ranks in (1, 2, 4):
-        folder = tmp_path / str(n_ranks)
-        folder.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-        done = subprocess.run(
-            [*command, tmp_path / "shared.py", tmp_path / "given.safetensors", folder],
-            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    done = subprocess.run(
+        [*command, tmp_path / "shared.py", tmp_path / "given.safetensors", tmp_path],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = ("out", "left", "right", "value")
+    for dtype in (torch.float32, torch.float64):
+        weights = BilinearTensor(*(part.to(dtype) for part in (B.down, B.left, B.right)))
+        alone = top_interactions(weights, 500, out.to(dtype), inp.to(dtype), per_output=3, features=5)
         for rank in range(n_ranks):
-            found = load_file(folder / f"{rank}.safetensors")
-            names = ("out", "left", "right", "value")
+            found = load_file(tmp_path / f"{dtype}-{rank}.safetensors")
             assert equal([found[name] for name in names], alone)
             assert equal([found[f"each.{name}"] for name in names], alone.per_output)
+            assert torch.equal(found["features"], alone.features)
 
 
 def test_a_group_that_cannot_hold_the_tensors(monkeypatch):

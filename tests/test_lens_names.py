@@ -23,7 +23,8 @@ def peer():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cfg = HookedTransformerConfig(1, 8, 8, d_head=4, d_vocab=9, act_fn="relu", normalization_type="RMS")
+        sizes = {"n_layers": 1, "d_model": 8, "n_ctx": 8, "d_head": 4, "d_vocab": 9}
+        cfg = HookedTransformerConfig(**sizes, act_fn="relu", normalization_type="RMS")
         return HookedTransformer(cfg)
 
 

@@ -23,6 +23,18 @@ def run(folder, *args):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.fixture
+def told(tmp_path, monkeypatch, capsys):
+    """Return what a command prints as JSON, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        assert main([*args, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("empty")
@@ -75,11 +87,9 @@ def few_features(tmp_path_factory):
     return folder
 
 
-def test_circuits_of_a_chosen_layer_as_json(few_features, tmp_path):
+def test_circuits_of_a_chosen_layer_as_json(few_features, tmp_path, told):
     brief = ("--draws", "200", "--controls", "4", "--features", "2", "--layer", "1")
-    done = run(tmp_path, "circuits", "--saes", str(few_features), "--json", *brief)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = told("circuits", "--saes", str(few_features), *brief)
     assert (found["layer"], len(found["findings"])) == (1, 2)
     odds = [row["log_odds"] for row in found["negation"]["behaviour"]]
     assert [one > 0 for one in odds[:4]] == [True, False, False, True]
@@ -94,12 +104,10 @@ def test_a_model_that_gives_no_verdict_is_not_asked_again(make_model, capsys):
     assert "no verdicts: " in capsys.readouterr().err
 
 
-def test_attribute_sums_to_the_model(tmp_path):
+def test_attribute_sums_to_the_model(tmp_path, told):
     text = "the movie was not good"
     graph = tmp_path / "graph.json"
-    done = run(tmp_path, "attribute", text, "--layer", "2", "--feature", "887", "--json", "--graph", str(graph))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = told("attribute", text, "--layer", "2", "--feature", "887", "--graph", str(graph))
     parts = [found[name] for name in found if " " in name or name == "bias"]
     assert sum(parts) == pytest.approx(found["model"], rel=1e-5)
     assert found["total"] == pytest.approx(found["model"], rel=1e-5)
@@ -107,10 +115,8 @@ def test_attribute_sums_to_the_model(tmp_path):
     assert json.loads(graph.read_text())["metadata"]["schema_version"] == 1
 
 
-def test_features_shows_cards(tmp_path, capsys):
-    done = run(tmp_path, "features", "--layer", "3", "--side", "inp", "--find", "not", "--json")
-    assert done.returncode == 0, done.stderr
-    cards = json.loads(done.stdout)["features"]
+def test_features_shows_cards(told, capsys):
+    cards = told("features", "--layer", "3", "--side", "inp", "--find", "not")["features"]
     assert cards
     assert all("not" in card["name"] for card in cards)
     assert {"positive", "negative"} <= set(cards[0]["auroc"])
@@ -120,7 +126,7 @@ def test_features_shows_cards(tmp_path, capsys):
     assert "promotes" in shown
 
 
-def test_features_makes_cards_of_a_file(tmp_path):
+def test_features_makes_cards_of_a_file(tmp_path, told):
     rows = [
         {"text": "the film was bad and dull", "kind": "no"},
         {"text": "a lovely film, great fun", "kind": "yes"},
@@ -128,9 +134,7 @@ def test_features_makes_cards_of_a_file(tmp_path):
     data = tmp_path / "reviews.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ("features", "--layer", "1", "--text", str(data), "--label", "kind", "--folder", str(tmp_path / "cards"))
-    done = run(tmp_path, *args, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = told(*args)
     assert found["provenance"]["texts"] == "8"
     assert set(found["features"][0]["auroc"]) == {"no", "yes"}
 

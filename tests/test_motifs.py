@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bilens
 from bilens.circuits import discovery, motifs, nulls, scoring, search
 from bilens.circuits.groups import split
 from bilens.circuits.nulls import Null
@@ -252,6 +253,14 @@ def test_the_same_generator_gives_the_same_result():
     assert torch.equal(one.score, three.score)
 
 
+def test_the_ranking_tells_which_features_to_look_at():
+    layer, _ = planted_layer(1)
+    known = bilens.top_interactions(layer[0], 1, out=layer[1], inp=layer[2], features=64).features
+    one, other = (search(layer, generator=seeded(), n=200, features=features) for features in (64, known))
+    torch.testing.assert_close(one.score, other.score, rtol=1e-4, atol=1e-4)
+    assert [(found.out, found.motif) for found in one.found] == [(found.out, found.motif) for found in other.found]
+
+
 def test_a_layer_with_biases_has_the_interactions_of_the_one_without():
     B, readers, D = random_layer(dtype=torch.float64)
     biased = BilinearTensor.from_weights(B.down, B.left, B.right, B.left[:, 0], B.right[:, 1], B.down[:, 0])
@@ -390,6 +399,10 @@ def test_errors_name_the_argument():
         search((B, readers, D[:, 1:]), generator=seeded())
     with pytest.raises(ValueError, match="finite, got others in writers"):
         search((B, readers, D.clone().fill_(math.nan)), generator=seeded())
+    with pytest.raises(ValueError, match=r"features must have shape \[48, m\], got \[47, 5\]"):
+        search(layer, generator=seeded(), features=torch.zeros(47, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="features must lie between 0 and 19, got 20 to 20"):
+        search(layer, generator=seeded(), features=torch.full((48, 5), 20))
     with pytest.raises(ValueError, match="motif must be among"):
         search(layer, ["and"], generator=seeded(), n=1, tail=False).of("xor")
 

@@ -1,6 +1,9 @@
 """The ranking script as a user runs it: killed and resumed, on one process or two, it ends in the same table."""
 
+import contextlib
 import csv
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -10,11 +13,15 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from sae_lens import TopKSAE
 
 import bilens
 from bilens.circuits import FeatureLayer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "rank_layer.py"
+sys.path.insert(0, str(SCRIPT.parent))
+rank_layer = pytest.importorskip("rank_layer")
+sys.path.remove(str(SCRIPT.parent))
 ARGUMENTS = ["bilens-mini", "--layer", "2", "-k", "300", "--per-output", "4"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -23,16 +30,18 @@ def command(out, *more):
     return [sys.executable, str(SCRIPT), *ARGUMENTS, "--out", str(out), *more]
 
 
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+def run(out, *more):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command(out, *more)[1:])
+        rank_layer.main()
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("rank") / "straight"
-    done = run(*command(out, "--format", "csv"))
-    assert done.returncode == 0, done.stderr
-    assert "300 pairs" in done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run(out, "--format", "csv")
+    assert "300 pairs" in said.getvalue()
     return out
 
 
@@ -64,29 +73,42 @@ def test_a_killed_run_resumes_identically(straight, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "pairs.csv").exists(), "killed too late to test anything"
-    done = run(*command(tmp_path, "--format", "csv"))
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, "--format", "csv")
     assert tables(tmp_path) == tables(straight)
 
 
 def test_two_processes_write_the_same_table(straight, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run(*launch, *command(tmp_path, "--format", "csv")[1:])
+    given = command(tmp_path, "--format", "csv")[1:]
+    done = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert tables(tmp_path) == tables(straight)
 
 
 def test_a_folder_begun_with_other_arguments_is_refused(straight):
-    done = run(*command(straight, "--format", "csv", "-k", "299"))
-    assert done.returncode != 0
-    assert "was begun with something else" in done.stderr
-    assert "arguments.k: 300 there, 299 now" in done.stderr
+    with pytest.raises(SystemExit, match=r"was begun with something else[^$]*arguments\.k: 300 there, 299 now"):
+        run(straight, "--format", "csv", "-k", "299")
 
 
-def test_parquet(straight, tmp_path):
-    assert run(*command(tmp_path)).returncode == 0
-    found = pyarrow.parquet.read_table(tmp_path / "pairs.parquet").to_pydict()
-    with (straight / "pairs.csv").open() as file:
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """SAEs of the layer cut to their first 32 features."""
+    folder = tmp_path_factory.mktemp("saes")
+    for hook in ("blocks.2.hook_mlp_in", "blocks.2.hook_mlp_out"):
+        sae = bilens.saes.load("bilens-mini", hook)
+        small = TopKSAE(dataclasses.replace(sae.cfg, d_sae=32))
+        whole = sae.state_dict()
+        cut = {"W_enc": whole["W_enc"][:, :32], "b_dec": whole["b_dec"]}
+        small.load_state_dict(cut | {name: whole[name][:32] for name in ("W_dec", "b_enc")})
+        bilens.saes.save(small, folder / hook)
+    return folder
+
+
+def test_parquet(few, tmp_path):
+    for form in ("parquet", "csv"):
+        run(tmp_path / form, "--saes", str(few), "--format", form)
+    found = pyarrow.parquet.read_table(tmp_path / "parquet" / "pairs.parquet").to_pydict()
+    with (tmp_path / "csv" / "pairs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert found == {name: [type(values[0])(row[name]) for row in rows] for name, values in found.items()}
 
@@ -99,7 +121,7 @@ def test_parquet(straight, tmp_path):
         (["-k", "0"], "k must be at least 1, got 0"),
     ],
 )
-def test_errors(tmp_path, more, message):
-    done = run(*command(tmp_path, *more))
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_errors(tmp_path, capsys, unchecked, more, message):
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        run(tmp_path, *more)
+    assert message in f"{refused.value}\n{capsys.readouterr().err}"

@@ -30,7 +30,7 @@ def lens():
 def findings(lens):
     generator = torch.Generator().manual_seed(0)
     texts = ["the movie was not very good , but i liked the actors .", "once upon a time there was a big dog ."] * 3
-    found = circuits.search(lens, generator=generator, n=200)
+    found = circuits.search((lens.tensor, lens.readers[:128], lens.writers), generator=generator, n=200)
     first = found.found[0]
     circuit = circuits.Circuit(2, first.out, *_active_pair(lens, texts))
     protocol = circuits.Protocol(n_pairs=5, n_directions=3, n_bootstrap=50)

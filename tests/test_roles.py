@@ -60,7 +60,7 @@ def marked(model, roles, ids):
 
 def test_rules_on_a_sentence(spoken, roles):
     words = SENTENCE.split()
-    got = marked(spoken, roles, [spoken.tokenizer.token_to_id(word) for word in words])
+    got = marked(spoken, roles, [spoken.tokenizer.convert_tokens_to_ids(word) for word in words])
 
     def at(*spoken):
         return [i for i, word in enumerate(words) if word in spoken]
@@ -89,7 +89,9 @@ def test_rules_on_a_sentence(spoken, roles):
 
 
 def test_scope_ends_with_the_clause(spoken, roles):
-    ids = [spoken.tokenizer.token_to_id(word) for word in ("not", ".", "good", "never", "verdict", ":", "bad")]
+    ids = [
+        spoken.tokenizer.convert_tokens_to_ids(word) for word in ("not", ".", "good", "never", "verdict", ":", "bad")
+    ]
     got = marked(spoken, roles, ids)
     assert got["after a negator"] == [4]
     assert got["negated positive word"] == []
@@ -189,7 +191,7 @@ def test_the_role_that_fits_best_is_the_one(found):
 
 def test_tokens_name_what_has_no_role_and_say_where_they_are(model, found):
     scores = replace(found.roles, auroc=torch.full_like(found.roles.auroc, 0.5), share=found.roles.share * 0)
-    cat, dog = (model.tokenizer.token_to_id(word) for word in ("cat", "dog"))
+    cat, dog = (model.tokenizer.convert_tokens_to_ids(word) for word in ("cat", "dog"))
     tokens, share, base = (part.clone() for part in scores.at)
     tokens[5, :2], share[5] = torch.tensor([cat, dog]), 0.0
     share[5, :2], base[5] = torch.tensor([0.6, 0.3]), 0.01

@@ -279,7 +279,7 @@ def test_contexts_are_the_strongest_positions(model, fitted):
     torch.testing.assert_close(found.density, (z > 0).float().sum((0, 1)) / rows.counts.sum())
     feature = int(best[:, 0].argmax())
     row, position = divmod(int(z[:, :, feature].argmax()), z.shape[1])
-    word = model.tokenizer.id_to_token(int(rows.tokens[row, position]))
+    word = model.label(int(rows.tokens[row, position]))
     assert f"[{word}]" in found.snippet(feature, 0, model)
     assert word in found.top_tokens(feature, model)
 

@@ -31,13 +31,30 @@ def corpus(tmp_path_factory):
     return path
 
 
-def command(corpus, out):
-    return [sys.executable, str(SCRIPT), "--data", str(corpus), "--out", str(out), *TINY.split(), *EVERY.split()]
+def arguments(corpus, out):
+    return ["--data", str(corpus), "--out", str(out), *TINY.split(), *EVERY.split()]
+
+
+def train(some):
+    train_language.train(train_language.parse_args(some))
 
 
 def run(corpus, out):
-    subprocess.run(command(corpus, out), check=True, capture_output=True, timeout=200)
+    train(arguments(corpus, out))
     return out / "model"
+
+
+def killed(some, out):
+    """Start a run in a process of its own, and kill it after its first checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *some], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    while not (out / "checkpoint.safetensors").exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (out / "model").exists(), "killed too late to test anything"
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +75,7 @@ def test_a_run_learns_and_exports_the_published_format(trained):
 def test_a_killed_run_resumes_bit_identically(corpus, trained, tmp_path):
     (tmp_path / "run").mkdir()  # ties between tokens are broken at random when a tokenizer is trained
     (tmp_path / "run" / "tokenizer.json").write_bytes((trained / "tokenizer.json").read_bytes())
-    process = subprocess.Popen(command(corpus, tmp_path / "run"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "checkpoint.safetensors").exists():
-        assert process.poll() is None, "the run ended before its first checkpoint"
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "run" / "model").exists(), "killed too late to test anything"
+    killed(arguments(corpus, tmp_path / "run"), tmp_path / "run")
     resumed = run(corpus, tmp_path / "run")
     assert (resumed / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
     curves = [json.loads((folder / "training.json").read_text())["curve"] for folder in (resumed, trained)]
@@ -93,13 +104,13 @@ def verdicts(tmp_path_factory):
 def mixed(corpus, verdicts, out, *more):
     share = ("--share", f"{verdicts.name}=0.25", "--verdict-weight", "4", "--tokenised", str(out / "tokens"))
     data = ("--data", str(corpus), str(verdicts))
-    return [*command(corpus, out), *data, *share, *more]
+    return [*arguments(corpus, out), *data, *share, *more]
 
 
 @pytest.fixture(scope="module")
 def mixture(corpus, verdicts, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "mixture"
-    subprocess.run(mixed(corpus, verdicts, out), check=True, capture_output=True, timeout=200)
+    train(mixed(corpus, verdicts, out))
     return out
 
 
@@ -173,7 +184,7 @@ def test_a_share_that_cannot_be_is_refused(shares, message):
 
 def test_the_token_after_verdict_counts_by_its_weight(trained):
     model = bilens.load(trained)
-    ids = model.tokenizer.encode(train_language.VERDICT, add_special_tokens=False).ids
+    ids = model.token_rows([train_language.VERDICT])[0]
     batch = torch.tensor([[ENDS.bos, 5, *ids, 7, 9], [*ids, 6, ENDS.eos, ENDS.bos, 8]])
     where = train_language.follows(batch, ids)
     assert where.nonzero().tolist() == [[0, 2 + len(ids)], [1, len(ids)]]
@@ -194,16 +205,9 @@ def test_a_mixture_learns_its_verdicts_and_resumes_bit_identically(corpus, verdi
     out.mkdir()
     (out / "tokenizer.json").write_bytes((mixture / "tokenizer.json").read_bytes())
     (out / "tokens").write_bytes((mixture / "tokens").read_bytes())
-    process = subprocess.Popen(mixed(corpus, verdicts, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (out / "checkpoint.safetensors").exists():
-        assert process.poll() is None, "the run ended before its first checkpoint"
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (out / "model").exists(), "killed too late to test anything"
+    killed(mixed(corpus, verdicts, out), out)
     moved = verdicts.parent / "elsewhere" / verdicts.name  # tokenised corpora do without their files
-    again = mixed(corpus.parent / "elsewhere" / corpus.name, moved, out)
-    subprocess.run(again, check=True, capture_output=True, timeout=200)
+    train(mixed(corpus.parent / "elsewhere" / corpus.name, moved, out))
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (out, mixture)]
     assert weights[0] == weights[1]
     with (out / "log.csv").open() as file:
@@ -212,16 +216,13 @@ def test_a_mixture_learns_its_verdicts_and_resumes_bit_identically(corpus, verdi
 
 
 def test_tokenised_corpora_of_another_run_are_refused(corpus, verdicts, mixture):
-    done = subprocess.run(
-        mixed(corpus, verdicts, mixture, "--holdout", "0.2"), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode != 0
-    assert "holds other corpora, or another tokenizer or --holdout: delete it" in done.stderr
+    with pytest.raises(SystemExit, match="holds other corpora, or another tokenizer or --holdout: delete it"):
+        train(mixed(corpus, verdicts, mixture, "--holdout", "0.2"))
 
 
 def test_training_goes_on_from_a_models_weights(corpus, trained, tmp_path):
     more = ["--start", str(trained), "--lr", "0", "--lr-embed", "0", "--tokens", "128"]
-    subprocess.run([*command(corpus, tmp_path / "run"), *more], check=True, capture_output=True, timeout=200)
+    train([*arguments(corpus, tmp_path / "run"), *more])
     before, after = bilens.load(trained).state_dict(), bilens.load(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     record = json.loads((tmp_path / "run" / "model" / "training.json").read_text())

@@ -62,7 +62,7 @@ def test_the_log_odds_are_those_of_the_next_token_after_the_prompt(lenses):
     assert found.to_dict()[1] == {
         "statement": "a mat",
         "log_odds": found.log_odds[1].item(),
-        "word": model.tokenizer.id_to_token(best),
+        "word": model.label(best),
     }
 
 

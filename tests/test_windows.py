@@ -21,7 +21,7 @@ def parts(windows):
 
 
 def ids(model, text):
-    return model.tokenizer.encode(text, add_special_tokens=False).ids
+    return model.token_rows([text])[0]
 
 
 def test_a_window_is_bos_and_text_and_padding(model):
@@ -181,17 +181,17 @@ def test_errors_name_what_it_was(model, make_model):
     refused([{"text": "the"}, {"text": 7}], "got int 7 as text 1")
     refused(["the", b"cat"], "got bytes b'cat' as text 1")
     refused([{"text": "the"}, {"body": "the"}], "must have a column 'text', got 'body' in row 1")
-    refused({"text": ["the"]}, "got dict")
+    refused({"body": ["the"]}, "must have a column 'text', got a mapping of 'body'")
     refused(7, "got int")
     refused(b"the cat", "got bytes")
     refused("the", "length must lie between 2 and 32", length=1)
     refused("the", "length must lie between 2 and 32", length=33)
-    refused(torch.zeros(2, 3), r"integer token ids, got torch.float32 of shape \[3\] as window 0")
-    refused(torch.ones(2, 3) > 0, "got torch.bool")
-    refused([[1, 2], [0.5]], r"got float64 of shape \[1\] as window 1")
-    refused([[1, 2], "the"], "as window 1")
+    refused(torch.zeros(2, 3), r"texts \(window 0\) must hold integer token ids, got float32")
+    refused(torch.ones(2, 3) > 0, "got bool")
+    refused([[1, 2], [0.5]], r"texts \(window 1\) must be text or integer token ids, got list of float64")
+    refused([[1, 2], "the"], r"texts \(window 1\)")
     refused(["the", [1, 2]], r"must hold strings, got list \[1, 2\] as text 1")
-    refused(torch.ones(2, 2, 2, dtype=torch.int64), r"of shape \[2, 2\] as window 0")
+    refused(torch.ones(2, 2, 2, dtype=torch.int64), r"shape \[2, 2\] as window 0")
     refused([[3, 4], [3, 99]], "ids from 0 to 78, got 99 in window 1".replace("78", str(model.cfg.d_vocab - 1)))
     refused([[3, -1]], "got -1 in window 0")
     refused(torch.ones(1, 40, dtype=torch.int64), r"at most 32 token ids \(n_ctx\), got 40")

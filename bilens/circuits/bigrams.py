@@ -67,7 +67,7 @@ def bigrams(model: BilinearTransformer, token: str | int, k: int = 10, layer: in
         raise ValueError(f"k must be at least 1, got {k}")
     best = bigram_scores(model, torch.tensor(token_ids(model, [token])), layer)[0].topk(min(k, model.cfg.d_vocab))
     found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Rows(Bigram(word(model, i), value) for i, value in found)
+    return Rows(Bigram(model.label(i), value) for i, value in found)
 
 
 def contrast(model: BilinearTransformer, token: str | int, others: Sequence[str | int]) -> Float[Tensor, " d_model"]:
@@ -103,8 +103,3 @@ def checked_tokens(model: BilinearTransformer, tokens: Int[Tensor, " token"]) ->
     if not len(tokens) or not 0 <= tokens.min() <= tokens.max() < model.cfg.d_vocab:
         raise ValueError(f"tokens must hold ids from 0 to {model.cfg.d_vocab - 1}, got {tokens.tolist()}")
     return tokens
-
-
-def word(model: BilinearTransformer, token: int) -> str:
-    """Return a token as text, its id where the model has no tokenizer or that no such token."""
-    return str(token) if model.tokenizer is None else (model.tokenizer.id_to_token(token) or str(token))

@@ -266,7 +266,7 @@ def sentiment_direction(lens: FeatureLayer) -> Float[Tensor, " d_model"]:
     """
     means = {}
     for name, words in ADJECTIVES.items():
-        ids = [i for word in words if (i := lens.model.tokenizer.token_to_id(word)) is not None]
+        ids = lens.model.tokens_of(words)
         if not ids:
             raise ValueError(f"the model's tokenizer must have a token for a word of {words}, it has none")
         means[name] = logit_directions(lens.model, ids).to(lens.writers).mean(0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
@@ -87,7 +87,7 @@ def search(
     null: str | Sequence[str] = "readers",
     n: int = 2048,
     fdr: float = 0.05,
-    features: int = 64,
+    features: int | Int[Tensor, "n_out m"] = 64,
     group: int = 8,
     tail: bool = True,
 ) -> Discoveries:
@@ -133,6 +133,8 @@ def search(
         n: Number of null outputs for each null model; at least 8 for each output for rotation and signs.
         fdr: Wanted false discovery rate, over outputs × motifs (Benjamini-Hochberg).
         features: How many input features of each output are looked at for groups: those with the largest coefficient.
+            Or those features themselves, as `bilens.top_interactions(..., features=64).features` has found them: then
+            most of the search's products are there already.
         group: Largest size of a group; a third of the features looked at if that is less.
         tail: Where fewer than 10 null scores reach a score, take its p-value from a generalised-Pareto tail
             (Knijnenburg et al. 2009), shape at least zero and scale one standard error up, which makes it conservative.
@@ -156,13 +158,16 @@ def search(
     _check_names("motifs", motifs, MOTIFS)
     if untestable := [motif for motif in motifs if motif not in testable]:
         raise ValueError(f"motifs must be among {testable} for null={null}, got {untestable}")
+    known = features if isinstance(features, Tensor) else None
+    features = features if known is None else known.shape[-1]
     _check_counts(n, fdr, features, group, tail)
     B, readers, writers = layer if isinstance(layer, tuple) else (layer.tensor, layer.readers, layer.writers)
     _check_layer(B, readers, writers)
+    _check_known(known, readers, writers)
     B = B.detach().without_constant()
     B = B.to(torch.promote_types(B.down.dtype, torch.float32))
     task = Scoring(B, readers.detach().to(B.down), writers.detach().to(B.down), motifs, features, group)
-    scores, chunks, ends = zip(*task.observe(task.readers, motifs), strict=True)
+    scores, chunks, ends = zip(*task.observe(task.readers, motifs, known), strict=True)
     observed, strongest = torch.cat(scores), Strongest(*map(torch.cat, zip(*chunks, strict=True)))
     ends = None if ends[0] is None else Ends(*map(torch.cat, zip(*ends, strict=True)))
     nulls = tuple(
@@ -205,6 +210,15 @@ def _check_counts(n: int, fdr: float, features: int, group: int, tail: bool) -> 
         raise ValueError(f"features must be at least 4, got {features}")
     if group < 1:
         raise ValueError(f"group must be at least 1, got {group}")
+
+
+def _check_known(known: Tensor | None, readers: Tensor, writers: Tensor) -> None:
+    if known is None:
+        return
+    if known.ndim != 2 or len(known) != len(readers):
+        raise ValueError(f"features must have shape [{len(readers)}, m], got {list(known.shape)}")
+    if known.min() < 0 or known.max() >= len(writers):
+        raise ValueError(f"features must lie between 0 and {len(writers) - 1}, got {known.min()} to {known.max()}")
 
 
 def _check_layer(B: BilinearTensor, readers: Tensor, writers: Tensor) -> None:

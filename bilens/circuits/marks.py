@@ -24,6 +24,7 @@ class Marked(Record, rows="token", along=("tokens",)):
     roles: tuple[str, ...]
     values: Float[Tensor, "group token"]  # sum over the group's features
     strongest: Int[Tensor, "group token"]  # the most active of them
+    spelt: tuple[str, ...] = ()  # the tokens as they stand in the text, with spaces
 
     def columns(self) -> dict[str, Any]:
         """Return the tokens, and how active each group is there."""
@@ -50,6 +51,8 @@ def mark(lens: FeatureLayer, text: str, groups: Sequence[Group]) -> Marked:
     strongest = [
         group.features.to(part.device)[part.argmax(1)].cpu() for group, part in zip(groups, parts, strict=True)
     ]
-    tokens = tuple(map(lens.model.tokenizer.id_to_token, windows.tokens[windows.counts].tolist()))
+    ids = windows.tokens[windows.counts].tolist()
+    tokens, spelt = tuple(lens.model.labels(ids)), tuple(lens.model.spellings(ids))
     roles = tuple(group.role for group in groups)
-    return Marked(lens.layer, tokens, roles, torch.stack([part.sum(1).cpu() for part in parts]), torch.stack(strongest))
+    values = torch.stack([part.sum(1).cpu() for part in parts])
+    return Marked(lens.layer, tokens, roles, values, torch.stack(strongest), spelt)

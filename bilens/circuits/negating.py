@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
 from bilens.tensor.records import Record
 
@@ -127,7 +128,7 @@ def negation(
     *,
     generator: torch.Generator,
     readout: Readout = STANDARD,
-    sentences: Sequence[str] = SENTENCES,
+    sentences: Texts = SENTENCES,
     tells: float | None = None,
     n_controls: int = 5,
     n_null: int = 2000,

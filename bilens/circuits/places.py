@@ -1,6 +1,6 @@
 """Where a model is looked at: texts, and positions in them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bilens.models.text import Text
+from bilens.models.texts import list_of, rows_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observed
 from bilens.tensor.records import Record
@@ -64,20 +65,20 @@ def locate(
 
     Args:
         model: The model.
-        text: A text, a list of texts, or token ids, as `Windows.of` takes them.
+        text: A text, texts, or token ids, of whatever `Windows.of` takes.
         position: Where, BOS being 0, and -1 the last token of each text; `None` for all but BOS.
 
     Raises:
         ValueError: No text, a text without tokens or longer than the context, or no such position.
     """
-    windows = Windows.of(model, text)
-    if not isinstance(text, Tensor):
-        _check_whole(model, [text] if isinstance(text, str) else text, windows)
+    rows = list(rows_of(text, "text"))
+    windows = Windows.of(model, rows)
+    if any(isinstance(row, str | Mapping) for row in rows):
+        _check_whole(model, list_of(rows, "text"), windows)
     row, where = (windows.counts if position is None else _at(position, windows.attend)).nonzero(as_tuple=True)
     kept = [one[mask] for one, mask in zip(windows.tokens, windows.attend, strict=True)]
-    named = model.tokenizer is not None
-    words = tuple(tuple(model.to_str_tokens(one) if named else map(str, one.tolist())) for one in kept)
-    texts = tuple(model.to_string(one) if named else " ".join(map(str, one.tolist())) for one in kept)
+    words = tuple(tuple(model.labels(one.tolist())) for one in kept)
+    texts = tuple(model.text_of(one.tolist()) for one in kept)
     return Places(windows, row, where, words, texts)
 
 

@@ -48,12 +48,17 @@ class Shared:
         self.D, self.frame = D, Frame.of(D)
         self.residual, self.inner = Matrices(B, n), Matrices(B.project(inp=self.frame.base), n)
         self.gram = output_gram(B.project(inp=torch.linalg.qr(D.double(), mode="r").R.to(D)))
+        self.own = B.down @ ((B.left @ D.T) * (B.right @ D.T))  # self terms of every feature
 
-    def strongest(self, readers: Float[Tensor, "some out"], m: int) -> tuple[Float[Tensor, "some d d"], Strongest]:
-        """Return the matrices of some directions, and their m strongest features."""
-        M = self.residual.of(readers)
+    def strongest(
+        self, readers: Float[Tensor, "some out"], m: int, known: Int[Tensor, "some m"] | None = None
+    ) -> tuple[Float[Tensor, "some d d"], Strongest]:
+        """Return the matrices of some directions, and their m strongest features, which may be known already."""
+        M, energy = self.residual.of(readers), frobenius(self.gram, readers).pow(2).to(readers)
+        if known is not None:
+            return M, _strongest(M, self.D, known, readers @ self.own, energy)
         largest, own = self.frame.largest(self.inner.of(readers), NUMBERS)
-        return M, _strongest(M, self.D, m, largest, own, frobenius(self.gram, readers).pow(2).to(M))
+        return M, _strongest(M, self.D, _first(largest, m), own, energy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +89,13 @@ class Scoring:
         return Shared(self.B, self.writers, len(self.readers))
 
     def observe(
-        self, readers: Float[Tensor, "some out"], motifs: tuple[str, ...]
+        self, readers: Float[Tensor, "some out"], motifs: tuple[str, ...], known: Int[Tensor, "some m"] | None = None
     ) -> Iterator[tuple[Float[Tensor, "some motif"], Strongest, Ends | None]]:
         """Score directions of the layer, a chunk at a time; the spectra's ends where outliers are asked for."""
         n, d = self.writers.shape
         m = min(self.features, n)
-        for some in readers.split(max(1, min(64, NUMBERS // max(n * d, self.B.hidden * d)))):
-            M, found = self.shared.strongest(some, m)
+        for which in torch.arange(len(readers)).split(max(1, min(64, NUMBERS // max(n * d, self.B.hidden * d)))):
+            M, found = self.shared.strongest(readers[which], m, None if known is None else known[which])
             ends = Ends(*two_strongest(M)) if "outlier" in motifs else None
             yield self.score(M, self.writers, found, motifs, ends), found, ends
 
@@ -116,13 +121,17 @@ def strongest_features(M: Float[Tensor, "out d d"], D: Float[Tensor, "n d"], m: 
     """Find the m features with the largest coefficient in each output, and the coefficients among them over their σ."""
     largest, own = Frame.plain(D).largest(M, NUMBERS)
     image = (D.T @ D) @ M
-    return _strongest(M, D, m, largest, own, (image * image.mT).sum((1, 2)))
+    return _strongest(M, D, _first(largest, m), own, (image * image.mT).sum((1, 2)))
 
 
-def _strongest(M: Tensor, D: Tensor, m: int, largest: Tensor, own: Tensor, energy: Tensor) -> Strongest:
-    """Choose features by their largest coefficient; `energy` is `‖D M Dᵀ‖_F²`."""
+def _first(largest: Float[Tensor, "out n"], m: int) -> Int[Tensor, "out m"]:
+    """Choose features by their largest coefficient; the two of a pair tie, and go by index."""
+    return largest.argsort(dim=1, descending=True, stable=True)[:, :m]
+
+
+def _strongest(M: Tensor, D: Tensor, features: Tensor, own: Tensor, energy: Tensor) -> Strongest:
+    """Compute the coefficients among features; `energy` is `‖D M Dᵀ‖_F²`."""
     n = len(D)
-    features = largest.argsort(dim=1, descending=True, stable=True)[:, :m]  # the two of a pair tie: by index
     cross = (energy - own.pow(2).sum(1)) / (n * (n - 1))
     unit = 2 * cross.clamp(min=0).sqrt().clamp(min=torch.finfo(D.dtype).tiny)
     few = D[features]

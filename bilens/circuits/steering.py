@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bilens.models.texts import Texts, list_of
 from bilens.models.windows import Windows
 from bilens.tensor.records import Record
 
@@ -44,7 +45,7 @@ class Steering(Record, rows="amount", along=("amounts",)):
 def steering(
     lens: FeatureLayer,
     feature: int,
-    prompts: Sequence[str],
+    prompts: Texts,
     words: tuple[Sequence[str], Sequence[str]],
     amounts: Sequence[float],
     *,
@@ -94,9 +95,10 @@ def steering(
     return Steering(tuple(amounts), moved, controls, before, feature, side, len(windows))
 
 
-def _windows(lens: FeatureLayer, prompts: Sequence[str]) -> Windows:
+def _windows(lens: FeatureLayer, prompts: Texts) -> Windows:
     """Return the prompts, a window each."""
-    windows = Windows.of(lens.model, list(prompts))
+    prompts = list_of(prompts, "prompts")
+    windows = Windows.of(lens.model, prompts)
     pieces = torch.bincount(windows.text, minlength=len(prompts))
     if (pieces != 1).any():
         bad, most = int((pieces != 1).nonzero()[0]), lens.model.cfg.n_ctx - 1

@@ -67,7 +67,7 @@ class Target(Record):
             ValueError: A text that is not one token, or an id outside the vocabulary.
         """
         (index,) = token_ids(model, [token])
-        name = index if model.tokenizer is None else model.tokenizer.id_to_token(index)
+        name = index if model.tokenizer is None else model.label(index)
         (reader,) = logit_directions(model, [index])
         return cls("token", f"logit of {name!r}", index, reader, reader.new_zeros(()), word=str(name))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilens.models.logits import logit_directions, token_ids
 from bilens.models.sources import Source
+from bilens.models.texts import Texts, list_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows
 from bilens.tensor.records import Record
@@ -98,7 +99,7 @@ class Asked:
     def of(
         cls,
         model: BilinearTransformer,
-        statements: Sequence[str],
+        statements: Texts,
         readout: Readout = STANDARD,
         words: Sequence[str] | None = None,
     ) -> "Asked":
@@ -113,16 +114,14 @@ class Asked:
         Raises:
             ValueError: No statements, or not one word each.
         """
-        if not statements or isinstance(statements, str):
-            raise ValueError(f"statements must be a list of texts, got {statements!r}")
+        statements = list_of(statements, "statements")
         if words is not None and len(words) != len(statements):
             raise ValueError(f"words must be one for each of {len(statements)} statements, got {len(words)}")
-        tokenizer = model.tokenizer
-        prompt = tokenizer.encode(readout.prompt, add_special_tokens=False).ids
+        (prompt,) = model.token_rows([readout.prompt])
         first = int(model.has_bos)
         room = model.cfg.n_ctx - first - len(prompt)
         rows, where = [], []
-        for index, encoding in enumerate(tokenizer.encode_batch(list(statements), add_special_tokens=False)):
+        for index, encoding in enumerate(model.encodings(statements)):
             kept = encoding.ids[-room:]
             rows.append([model.bos_id] * first + kept + prompt)
             at = None if words is None else _last_token(encoding, statements[index], words[index])
@@ -206,12 +205,11 @@ class Behaviour(Record, rows="statement", along=("statements", "words")):
         return [{"statement": statement, "log_odds": odds, "word": word} for statement, odds, word in rows]
 
 
-def behaviour(
-    model: BilinearTransformer, statements: Sequence[str] = SENTENCES, readout: Readout = STANDARD
-) -> Behaviour:
-    """Ask a model for its verdicts."""
+def behaviour(model: BilinearTransformer, statements: Texts = SENTENCES, readout: Readout = STANDARD) -> Behaviour:
+    """Ask a model for its verdicts on one statement or several."""
+    statements = list_of(statements, "statements")
     logits = verdict_logits(model, Asked.of(model, statements, readout))
-    words = tuple(map(model.tokenizer.id_to_token, logits.argmax(-1).tolist()))
+    words = tuple(model.labels(logits.argmax(-1).tolist()))
     return Behaviour(tuple(statements), log_odds(model, logits, readout), words)
 
 

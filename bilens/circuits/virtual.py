@@ -13,7 +13,7 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import observe
 from bilens.tensor.bilinear import BilinearTensor
 
-from .bigrams import checked_tokens, word
+from .bigrams import checked_tokens
 from .places import check_adds, locate
 
 
@@ -122,7 +122,7 @@ def virtual_tokens(
     out = logit_directions(model) if out is None else out
     tensor = block.mlp.tensor().detach().project(out, writers, inp_bias=shift_2 if shift_2.any() else None)
     legs = ("embedding", *(f"head 0.{head}" for head in range(model.cfg.n_heads)))
-    return VirtualTokens(tensor, writers, legs, tokens, tuple(word(model, token) for token in tokens.tolist()))
+    return VirtualTokens(tensor, writers, legs, tokens, tuple(model.labels(tokens.tolist())))
 
 
 @torch.no_grad()

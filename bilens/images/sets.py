@@ -1,6 +1,7 @@
 """Labelled images: scikit-learn's digits offline, MNIST and others from the Hub, or a local npz or idx file."""
 
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -58,8 +59,10 @@ class ImageSet(Record, rows="n", unit="images"):
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: slice | Tensor) -> "ImageSet":
-        """Return some of the images, by a slice, indices or a mask."""
+    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Any:
+        """Return some of the images, by a slice, indices or a mask, or one and its class by its number."""
+        if isinstance(index, int):
+            return super().__getitem__(index)
         return replace(self, x=self.x[index], y=self.y[index])
 
     def __repr__(self) -> str:

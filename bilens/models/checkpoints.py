@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from .archives import find_archive, read_archive
 from .attention_only import AttentionOnly
 from .elriggs import Elriggs
-from .exporting import as_llama, tokenizer_config
+from .exporting import as_llama
 from .families import FAMILIES
 from .files import atomic_write
 from .layouts import Layout
@@ -25,12 +24,23 @@ from .llama import Llama
 from .modelcards import model_card
 from .published import Published
 from .rotary import Rope
-from .sources import DTYPES, EMBEDDED, CheckpointError, Source, check_finite, read_json, read_tensors, read_tokenizer
+from .sources import (
+    DTYPES,
+    EMBEDDED,
+    CheckpointError,
+    Source,
+    check_finite,
+    read_json,
+    read_tensors,
+    read_tokenizer,
+    stored_tokenizer,
+)
+from .tokenization import TOKENIZER_FILES, StoredTokenizer, save_tokenizer
 from .transformer import BilinearConfig, BilinearTransformer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
 
 
 def load(
@@ -93,32 +103,36 @@ def load(
     settings = layout.override(config, overrides or {})
     tensors = layout.prepare(_read(source, layout, checkpoint, dtype), settings)
     model = _build(layout, settings, tensors, config_file)
+    model.name = str(name)
     model.source, model.ignored_keys = config, tuple(sorted(set(config) - layout.known))
-    model.tokenizer = _find_tokenizer(source, layout, config, tokenizer)
-    if model.tokenizer is None:
+    beside = source.extra(GENERATION)
+    model.generation = read_json(beside) if beside else {}
+    stored = _find_tokenizer(source, layout, config, tokenizer, model.generation)
+    if stored is None:
         model.without_tokenizer = _why_none(layout, config)
-    if model.tokenizer is not None:
-        n_tokens = 1 + max(model.tokenizer.get_vocab().values(), default=-1)
+    else:
+        n_tokens = 1 + max(stored.backend.get_vocab().values(), default=-1)
         if n_tokens > model.cfg.d_vocab:
             raise CheckpointError(
                 f"the tokenizer of {name} has {n_tokens} tokens, the embedding only {model.cfg.d_vocab} rows: they do "
                 f"not belong together"
             )
-        model.has_bos = layout.has_bos(model.tokenizer)
+        model.tokenizer, model.has_bos = stored, layout.has_bos(stored)
     return model.to(device).eval() if device is not None else model.eval()
 
 
 def save(model: BilinearTransformer, folder: str | os.PathLike[str], layout: Literal["llama"] | None = None) -> None:
-    """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, `tokenizer.json`.
+    """Write a model in the published format: `config.json`, `model.safetensors` and, if it has one, its tokenizer.
 
     The format is the one the model came from, unknown config keys included; a new model gets the newest that can
     express it. In the Llama family's, a bilinear MLP is `hidden_act: "linear"`, which transformers loads and runs.
-    Loading it again is bit-identical. Each file is replaced atomically, nothing outside `folder` is touched; the
-    `tokenizer.json` of an earlier model goes if this one has none.
+    Loading it again is bit-identical. The tokenizer's files are those that transformers' `AutoTokenizer` reads. Each
+    file is replaced atomically, nothing outside `folder` is touched; what an earlier model had and this one has not,
+    tokenizer or `generation_config.json`, goes.
 
     With `layout="llama"` it is written as a Llama, which transformers' own classes and what stands on them read: the
-    same function, folded as `exporting.as_llama` says, with a `tokenizer_config.json`, and a `README.md` if there is
-    none. Its logits are the model's up to rounding, and loading it again gives exactly those that it was written with.
+    same function, folded as `exporting.as_llama` says, with a model card, `README.md`, if there is none. Its logits are
+    the model's up to rounding, and loading it again gives exactly those that it was written with.
 
     Args:
         model: The model.
@@ -141,23 +155,15 @@ def save(model: BilinearTransformer, folder: str | os.PathLike[str], layout: Lit
         written = {name: stack.enter_context(atomic_write(folder / name)) for name in ("config.json", WEIGHTS)}
         written["config.json"].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(state, written[WEIGHTS], {"format": "pt"})
-        if model.tokenizer is not None:
-            model.tokenizer.save(str(stack.enter_context(atomic_write(folder / "tokenizer.json"))))
-        for name, text in _beside(model, folder, layout).items():
-            stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")
-    if model.tokenizer is None:
-        for name in ("tokenizer.json", TOKENIZER_CONFIG):
-            (folder / name).unlink(missing_ok=True)
-
-
-def _beside(model: BilinearTransformer, folder: Path, layout: str | None) -> dict[str, str]:
-    """Return what those who read a layout look for beside config and weights; a card that is there stays."""
-    texts: dict[str, str] = {}
-    if layout is not None and model.tokenizer is not None:
-        texts[TOKENIZER_CONFIG] = json.dumps(tokenizer_config(model), indent=2) + "\n"
-    if layout is not None and not (folder / "README.md").exists():
-        texts["README.md"] = model_card(model, str(folder), layout=layout)
-    return texts
+        if model.generation:
+            beside = stack.enter_context(atomic_write(folder / GENERATION))
+            beside.write_text(json.dumps(dict(model.generation), indent=2, sort_keys=True) + "\n")
+        tokenizer = set() if model.tokenizer is None else save_tokenizer(model.tokenizer, folder, stack)
+        if layout is not None and not (folder / "README.md").exists():
+            card = stack.enter_context(atomic_write(folder / "README.md"))
+            card.write_text(model_card(model, str(folder), layout=layout), encoding="utf-8")
+    for name in {*TOKENIZER_FILES, GENERATION} - tokenizer - ({GENERATION} if model.generation else set()):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _read(
@@ -183,21 +189,30 @@ def _why_none(layout: Layout, config: Mapping[str, Any]) -> str:
 
 
 def _find_tokenizer(
-    source: Source, layout: Layout, config: Mapping[str, Any], given: str | os.PathLike[str] | None
-) -> Tokenizer | None:
+    source: Source,
+    layout: Layout,
+    config: Mapping[str, Any],
+    given: str | os.PathLike[str] | None,
+    generation: Mapping[str, Any],
+) -> StoredTokenizer | None:
     """Return the tokenizer asked for, else the checkpoint's own, else (on the Hub) the one that its config names."""
+    configs = (generation, config)
     if given is not None:
-        path = Path(given)
-        return read_tokenizer(path if path.is_file() else Source.find(given, None).file("tokenizer.json"))
-    own = source.optional("tokenizer.json")
-    if own is not None:
-        return read_tokenizer(own)
-    if source.folder is not None or layout.undecodable(config) is not None:
-        return None
+        path = Path(given).expanduser()
+        if path.is_file() and path.name != "tokenizer.json":
+            return StoredTokenizer(read_tokenizer(path))
+        place = Source(str(path), path.parent, None) if path.is_file() else Source.find(given, None)
+        place.file("tokenizer.json")  # raises if there is none
+        return stored_tokenizer(place, *configs)
+    own = stored_tokenizer(source, *configs)
+    if own is not None or source.folder is not None or layout.undecodable(config) is not None:
+        return own
     named = layout.tokenizer(config)
     if named is not None:
         try:
-            return read_tokenizer(Source(named, None, None).file("tokenizer.json"))
+            place = Source(named, None, None)
+            place.file("tokenizer.json")
+            return stored_tokenizer(place, *configs)
         except FileNotFoundError as error:
             reason = str(error)
     else:

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from .attention import AttentionConfig, QKNormConfig
 from .blocks import StreamConfig
 from .embedding import EmbedConfig, UnembedConfig
@@ -17,6 +15,7 @@ from .layers import NormConfig
 from .layouts import UNREAD, CheckpointError, Keys, Layout, blaming
 from .mlp import MLPConfig
 from .rotary import Rope
+from .tokenization import StoredTokenizer
 from .transformer import BilinearConfig
 
 NORM = NormConfig(eps=2.0**-23)  # float32's epsilon: what torch's rms_norm takes where it is not told
@@ -57,7 +56,7 @@ class Elriggs(Layout):
         """Return the repository of GPT-2's tokenizer, which all were trained with."""
         return "openai-community/gpt2"
 
-    def has_bos(self, tokenizer: Tokenizer) -> bool:
+    def has_bos(self, tokenizer: StoredTokenizer) -> bool:
         """Tell that texts need no BOS: training contexts started anywhere in a document."""
         return False
 

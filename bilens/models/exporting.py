@@ -1,5 +1,6 @@
 """A model as a Llama: the same function in the weights and words that transformers' own classes have."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from .mlp import MLP, MLPConfig
 from .transformer import BilinearConfig, BilinearTransformer
 
 # Where a model has no norms: x · 2^-30 · 2^30 is x to the bit, as long as mean(x²) vanishes beside eps (below 2^36 in
-# float32, 2^7 in float64); half precision in 16 bits of which 5 are exponent would lose it.
+# float32, 2^7 in float64). float16 cannot hold such a gain, and `save` refuses it as not finite.
 NORMLESS_EPS = 2.0**60
 
 
@@ -36,9 +36,11 @@ def as_llama(model: BilinearTransformer) -> BilinearTransformer:
 
     A bilinear MLP is a Llama's with the activation `"linear"`, a plain one has an up projection of zeros with bias one.
     Attention's scale goes into `o`, another scale of the scores and a reversed rotation into `q` and `k`, shifts of
-    norms into the biases behind them (2410.08417, appendix on folding), scale and norm of the embeddings into the
-    embedding. A norm that is not there becomes one with eps 2^60 and gain 2^30, which changes no bit of float32. Every
-    stream between blocks, and every hook point but those behind a shift, keeps its values up to rounding.
+    norms into the biases behind them, scale and norm of the embeddings into the embedding. A norm that is not there
+    becomes one with eps 2^60 and gain 2^30, which changes no bit of float32. Every stream between blocks, and what
+    attention and MLP write to it, keep their values up to rounding.
+
+    Source: transformers' `LlamaForCausalLM`; the folding follows from linearity, `W (g x + s) + b = W g x + (W s + b)`.
 
     Returns:
         A new model that shares what it can; the model itself if it is a Llama already.
@@ -57,7 +59,8 @@ def as_llama(model: BilinearTransformer) -> BilinearTransformer:
     for layer, block in enumerate(model.blocks):
         state |= {f"blocks.{layer}.{name}": weight for name, weight in _block(block, cfg)}
     made.load_state_dict({name: weight.detach() for name, weight in state.items()}, assign=True)
-    made.has_bos, made.without_tokenizer = model.has_bos, model.without_tokenizer
+    made.has_bos, made.generation = model.has_bos, dict(model.generation)
+    made.without_tokenizer = model.without_tokenizer
     return made.train(model.training)
 
 
@@ -68,34 +71,29 @@ def special_ids(model: BilinearTransformer) -> dict[str, int | None]:
     """Return the keys of a config that say which tokens start a text, end it and pad it; None of a model of ids."""
     eos = None if model.tokenizer is None else model.eos_id
     bos = model.bos_id if model.tokenizer is not None and model.has_bos else None
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
 
 
-def starting_with_bos(model: BilinearTransformer) -> Tokenizer | None:
-    """Return the tokenizer, made to start a text as `model.to_tokens` does, for those who ask only the tokenizer."""
+def starting_with_bos(model: BilinearTransformer) -> Any:
+    """Return the tokenizer, made to start a text as `model.to_tokens` does, for those who ask only the tokenizer.
+
+    None of a model of ids.
+    """
     if model.tokenizer is None:
         return None
-    tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.model_max_length = model.cfg.n_ctx
     start = [model.bos_id] if model.has_bos else []
-    bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     if full != start + bare:
-        names = [tokenizer.id_to_token(index) for index in start]
-        tokenizer.post_processor = TemplateProcessing(
+        for key in ("add_bos_token", "add_eos_token"):  # by which transformers would make the template anew
+            tokenizer.init_kwargs.pop(key, None)
+        names = tokenizer.convert_ids_to_tokens(start)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=[*names, "$A"], pair=[*names, "$A", "$B:1"], special_tokens=list(zip(names, start, strict=True))
         )
     return tokenizer
-
-
-def tokenizer_config(model: BilinearTransformer) -> dict[str, Any]:
-    """Return the `tokenizer_config.json` by which transformers' `AutoTokenizer` reads the `tokenizer.json`."""
-    ids = special_ids(model)
-    named = {name.removesuffix("_id"): i if i is None else model.tokenizer.id_to_token(i) for name, i in ids.items()}
-    named["unk_token"] = getattr(model.tokenizer.model, "unk_token", None)
-    return named | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.cfg.n_ctx,
-        "clean_up_tokenization_spaces": False,
-    }
 
 
 # -- what stands in the way -------------------------------------------------------------------------------------------
@@ -133,15 +131,13 @@ def _in_stream(cfg: BilinearConfig) -> Iterator[str]:
 def _in_norms(model: BilinearTransformer) -> Iterator[str]:
     cfg = model.cfg
     last = cfg.unembed.norm or cfg.norm
-    for name, norm in {"norm": cfg.norm, "unembed.norm": last}.items():
+    for name, norm in {"norm": cfg.norm, "unembed.norm": cfg.unembed.norm}.items():
         if norm is not None and norm.kind != "rms":
             yield f"{name}.kind must be 'rms', got {norm.kind!r}"
     if cfg.norm is not None and cfg.norm.place != "before":
         yield f"norm.place must be 'before', got {cfg.norm.place!r}"
     if (last and last.eps) != (cfg.norm and cfg.norm.eps):
         yield f"unembed.norm must have the eps of norm, as a Llama has one, got {last} and {cfg.norm}"
-    if not last and cfg.norm is None:
-        return
     if model.ln_final.affine(model.W_E)[1].any():
         yield "ln_final.bias must be zero, as a Llama's logits have no bias (norm.shift)"
 

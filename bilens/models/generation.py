@@ -1,90 +1,274 @@
 """Continuing a text token by token, without running again what cannot have changed."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .attention import KeyValue, geometry
-from .hooks import HookedModel
+from .hooks import Point
+from .sampling import Sampling
+from .splicing import Splicing
 from .text import Ids, Text, TextInterface, is_text
 
+ReturnType: TypeAlias = Literal["input", "str", "tokens", "embeds"]
+Hooks: TypeAlias = Iterable[tuple[str | Callable[[str], bool], Callable]]
 
-class Generation(TextInterface, HookedModel):
+
+class Generation(TextInterface, Splicing):
     """What a model of blocks that reads text does to continue it."""
 
     @torch.no_grad()
     def generate(
         self,
-        input: Text | Ids = "",
+        input: Text | Ids | Float[Tensor, "batch seq d_model"] = "",
         max_new_tokens: int = 40,
-        *,
-        temperature: int | float = 1.0,
-        top_k: int | None = None,
-        attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
-        fwd_hooks: Iterable[tuple[str | Callable[[str], bool], Callable]] = (),
         stop_at_eos: bool = True,
-        prepend_bos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: int | float = 1.0,
+        freq_penalty: int | float = 0.0,
         use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        return_type: ReturnType = "input",
+        verbose: bool = False,
+        *,
+        attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
+        fwd_hooks: Hooks = (),
         generator: torch.Generator | None = None,
-    ) -> str | list[str] | Int[Tensor, "batch total"]:
-        """Continue a text, or each text of a list, or token ids.
+        output_logits: bool = False,
+        return_dict_in_generate: bool = False,
+    ) -> Any:
+        """Continue a text, or each text of a list, or token ids, or embeddings; the arguments are transformer_lens'.
 
         Keys and values are kept for the blocks before the first hooked one, and the residual stream that enters it;
         from there on every step runs the whole sequence. So a hook always sees `[batch, everything so far, ...]`, and
         the result is that of generation without a cache, also under interventions.
 
         Args:
-            input: A text, a list of texts (padded on the left), or token ids.
+            input: A text, a list of texts (padded on the left), token ids, or what the embedding makes of them.
             max_new_tokens: How many tokens to add at most.
+            stop_at_eos: A text that has produced EOS is finished; the others go on.
+            eos_token_id: What EOS is, one id or several; `eos_ids` if `None`, and no end where there are none.
+            do_sample: Sample; else take the most probable token.
+            top_k: Sample among the `top_k` most probable tokens only; `top_p` does not count then.
+            top_p: Sample among the most probable tokens only that reach this probability together.
             temperature: Logits are divided by it; 0 takes the most probable token.
-            top_k: Sample among the `top_k` most probable tokens only.
+            freq_penalty: Subtracted from the logit of a token, after the division, as often as the text has it.
+            use_past_kv_cache: Whether to keep keys and values between steps; the result is the same.
+            prepend_bos: Whether a text starts with BOS; as the model was trained, if `None`.
+            padding_side: Either is accepted, and texts are padded on the left, as transformer_lens does.
+            return_type: `"str"`, `"tokens"`, `"embeds"` (what the embedding makes of prompt and new tokens), or the
+                kind of the `"input"`. Embeddings become the new tokens, or their text, alone.
+            verbose: Whether to show a progress bar.
             attention_mask: Marks padding in token ids, which must be on the left.
             fwd_hooks: Interventions, as for `hooks`.
-            stop_at_eos: A text that has produced EOS is finished; the others go on.
-            prepend_bos: Whether a text starts with BOS.
-            use_past_kv_cache: Whether to keep keys and values between steps; the result is the same.
-            generator: Source of randomness; torch's default one if `None`.
+            generator: Source of randomness; if `None` torch's default one, which `torch.manual_seed` seeds.
+            output_logits: Return transformers' `GenerateDecoderOnlyOutput`, with `sequences` and the `logits` of each
+                step.
+            return_dict_in_generate: For transformers' sake; it changes nothing.
 
         Returns:
-            Text for a text (without special tokens), a list for a list, ids for ids (prompt included in each).
+            Text for a text (without special tokens), a list for a list, ids for ids `[batch, seq]`, embeddings for
+            embeddings `[batch, seq, d_model]`; the prompt included in each.
 
         Raises:
             ValueError: Prompt and new tokens exceed the context, or an argument is out of range.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-        tokens, mask = self.read(input, attention_mask, prepend_bos, padding_side="left")
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, generator)
+        if return_type not in ("input", "str", "tokens", "embeds"):
+            raise ValueError(f"return_type must be 'input', 'str', 'tokens' or 'embeds', got {return_type!r}")
+        prompt = self._prompt(input, attention_mask, prepend_bos, padding_side)
+        run = _Run(self, prompt, sampling, self._ends(stop_at_eos, eos_token_id))
+        with self.hooks(fwd_hooks=list(fwd_hooks)):
+            steps = tqdm(run.steps(max_new_tokens, use_past_kv_cache), total=max_new_tokens, disable=not verbose)
+            logits = tuple(logits for logits in steps if output_logits)
+        if output_logits:
+            from transformers.generation import GenerateDecoderOnlyOutput
+
+            return GenerateDecoderOnlyOutput(sequences=run.tokens, logits=logits)
+        return run.returned(input, return_type)
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        input: Text | Ids = "",
+        max_new_tokens: int = 40,
+        max_tokens_per_yield: int = 25,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: int | float = 1.0,
+        freq_penalty: int | float = 0.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        return_type: Literal["input", "str", "tokens"] = "input",
+        verbose: bool = False,
+        *,
+        attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
+        fwd_hooks: Hooks = (),
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Any]:
+        """Continue as `generate` does, and yield what is new from time to time, as transformer_lens does.
+
+        The first part has the prompt too; the parts behind one another are what `generate` returns as tokens. Hooks are
+        on the model from the first part to the last; closing the iterator removes them.
+
+        Args:
+            input: A text, a list of texts, or token ids.
+            max_new_tokens: How many tokens to add at most.
+            max_tokens_per_yield: A part has at least so many tokens, but for the last.
+            stop_at_eos: As for `generate`, as are the others that are not explained.
+            eos_token_id: What EOS is.
+            do_sample: Sample, or take the most probable token.
+            top_k: How many tokens to sample among.
+            top_p: Their probability.
+            temperature: Of the sampling.
+            freq_penalty: On tokens that are there.
+            use_past_kv_cache: Whether to keep keys and values.
+            prepend_bos: Whether a text starts with BOS.
+            padding_side: Accepted, and the left.
+            return_type: `"tokens"`, which `"input"` means as in transformer_lens for ids, or `"str"`, for text.
+            verbose: Whether to show a progress bar.
+            attention_mask: Marks padding.
+            fwd_hooks: Interventions.
+            generator: Source of randomness.
+
+        Yields:
+            Token ids `[batch, new]`, or a text (of a list of texts a list).
+
+        Raises:
+            ValueError: As `generate`; or embeddings.
+        """
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, generator)
+        if return_type not in ("input", "str", "tokens"):
+            raise ValueError(f"return_type must be 'input', 'str' or 'tokens', got {return_type!r}")
+        if max_tokens_per_yield < 1:
+            raise ValueError(f"max_tokens_per_yield must be at least 1, got {max_tokens_per_yield}")
+        prompt = self._prompt(input, attention_mask, prepend_bos, padding_side)
+        if prompt.tokens is None:
+            raise ValueError("input must be text or token ids for generate_stream, got embeddings")
+        run = _Run(self, prompt, sampling, self._ends(stop_at_eos, eos_token_id))
+        given = 0
+        with self.hooks(fwd_hooks=list(fwd_hooks)):
+            steps = tqdm(run.steps(max_new_tokens, use_past_kv_cache), total=max_new_tokens, disable=not verbose)
+            for _ in steps:
+                if run.tokens.shape[1] - given >= max_tokens_per_yield:
+                    yield run.part(given, input, return_type)
+                    given = run.tokens.shape[1]
+        if run.tokens.shape[1] > given:
+            yield run.part(given, input, return_type)
+
+    def _ends(self, stop_at_eos: bool, eos_token_id: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """Return the ids at which a text ends, none if it never does, and what finished ones are filled with."""
+        if not stop_at_eos:
+            return [], 0
+        ends = self.eos_ids if eos_token_id is None else eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        for index in ends:
+            if not 0 <= index < self.cfg.d_vocab:
+                raise ValueError(f"eos_token_id must hold ids from 0 to {self.cfg.d_vocab - 1}, got {index}")
+        own = None if self.tokenizer is None or len(ends) == 1 else self.tokenizer.eos_token_id
+        return ends, own if own is not None else next(iter(ends), 0)
+
+    def _prompt(self, input: Any, mask: Tensor | None, prepend_bos: bool | None, padding_side: str | None) -> "_Prompt":
+        if padding_side not in ("left", "right", None):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        if isinstance(input, Tensor) and input.is_floating_point() and input.ndim == 3:
+            if input.shape[2] != self.cfg.d_model:
+                raise ValueError(f"input must have d_model={self.cfg.d_model} numbers a token, got {input.shape[2]}")
+            tokens, embedded, mask = None, input.to(self.W_E), self.check_mask(mask, input)
+        else:
+            tokens, mask = self.read(input, mask, prepend_bos, "left")
+            embedded = self.embed(tokens)
         if mask is not None and not mask[:, -1].all():
             raise ValueError("attention_mask must pad on the left for generation: the last position is a padding")
-        if tokens.shape[1] + max_new_tokens > self.cfg.n_ctx:
+        mask = embedded.new_ones(embedded.shape[:2], dtype=torch.bool) if mask is None else mask
+        return _Prompt(tokens, embedded, mask)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What is continued."""
+
+    tokens: Int[Tensor, "batch seq"] | None  # None: of embeddings nobody knows them
+    embedded: Float[Tensor, "batch seq d_model"]
+    mask: Bool[Tensor, "batch seq"]
+
+
+@dataclass
+class _Run:
+    """A text that grows."""
+
+    model: Generation
+    prompt: _Prompt
+    sampling: Sampling
+    ends: tuple[list[int], int]
+    new: list[Tensor] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch total"]:
+        """The prompt's tokens, where they are known, and the new ones."""
+        start = self.prompt.mask.new_zeros(len(self.prompt.mask), 0, dtype=torch.int64)
+        return torch.cat((start if self.prompt.tokens is None else self.prompt.tokens, *self.new), 1)
+
+    def steps(self, n: int, use_cache: bool) -> Iterator[Float[Tensor, "batch vocab"]]:
+        """Add up to n tokens, and yield the logits that each was chosen by."""
+        self._check(n)
+        model, embedded, mask = self.model, self.prompt.embedded, self.prompt.mask
+        ends, filler = torch.tensor(self.ends[0], dtype=torch.int64, device=mask.device), self.ends[1]
+        done = mask.new_zeros(len(mask))
+        stepper = _Stepper(model, use_cache)
+        for _ in range(n):
+            model.notice(None if self.prompt.tokens is None else self.tokens)
+            logits = stepper.next_logits(embedded, mask)
+            chosen = self.sampling.choose(logits, self.tokens, mask)
+            if len(ends):
+                chosen = chosen.masked_fill(done, filler)
+                done = done | torch.isin(chosen, ends)
+            self.new.append(chosen[:, None])
+            embedded = torch.cat((embedded, model.embed(chosen[:, None])), 1)
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+            yield logits
+            if done.all():
+                return
+
+    def _check(self, n: int) -> None:
+        length, most = self.prompt.mask.shape[1], self.model.cfg.n_ctx
+        if n < 0:
+            raise ValueError(f"max_new_tokens must not be negative, got {n}")
+        if length + n > most:
             raise ValueError(
-                f"max_new_tokens={max_new_tokens} on top of a prompt of {tokens.shape[1]} tokens exceeds the context "
-                f"of {self.cfg.n_ctx}; ask for at most {self.cfg.n_ctx - tokens.shape[1]}"
+                f"max_new_tokens={n} on top of a prompt of {length} tokens exceeds the context of {most}; ask for at "
+                f"most {most - length}"
             )
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        eos = self.eos_id if stop_at_eos and self.tokenizer is not None else None
-        with self.hooks(fwd_hooks=list(fwd_hooks)):
-            steps = _Stepper(self, use_past_kv_cache)
-            for _ in range(max_new_tokens):
-                chosen = _sample(steps.next_logits(tokens, mask), temperature, top_k, generator)
-                if eos is not None:
-                    chosen = chosen.masked_fill(done, eos)
-                    done |= chosen == eos
-                tokens = torch.cat((tokens, chosen[:, None]), 1)
-                mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
-                if done.all():
-                    break
-        if not is_text(input):
+        if self.sampling.freq_penalty and self.prompt.tokens is None:
+            raise ValueError("freq_penalty must be 0 for embeddings, of which nobody knows the tokens")
+
+    def returned(self, input: Any, kind: ReturnType) -> Any:
+        """Return the text as it is wanted."""
+        if kind == "input":
+            kind = "str" if is_text(input) else "embeds" if self.prompt.tokens is None else "tokens"
+        if kind == "embeds":
+            return torch.cat((self.prompt.embedded, *map(self.model.embed, self.new)), 1)
+        return self.part(0, input, kind)
+
+    def part(self, start: int, input: Any, kind: str) -> Any:
+        """Return the tokens from one on, or their text."""
+        tokens = self.tokens[:, start:]
+        if kind == "tokens" or (kind == "input" and not is_text(input)):
             return tokens
-        texts = self.to_string(tokens, skip_special_tokens=True)
+        texts = self.model.to_string(tokens, skip_special_tokens=True)
         return texts[0] if isinstance(input, str) else texts
 
 
@@ -98,12 +282,12 @@ class _Stepper:
         # what the first hooked block reads: the stream, the stream's start, the first block's values
         self.read: list[Tensor | None] | None = None
 
-    def next_logits(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch vocab"]:
-        """Return the logits after the last of `tokens`, which extend those of the call before by any number."""
-        model, keys = self.model, tokens.shape[1]
+    def next_logits(self, embedded: Tensor, mask: Tensor) -> Float[Tensor, "batch vocab"]:
+        """Return the logits after the last of the embeddings, which extend those of the call before by any number."""
+        model, keys = self.model, embedded.shape[1]
         padding = None if mask.all() else mask
         new = keys if self.read is None else keys - self.read[0].shape[1]
-        x = model.stream_start(tokens[:, keys - new :])
+        x = model.started(embedded[:, keys - new :])
         frame = replace(geometry(model.cfg.attention, padding, keys, new, x), start=x if model.cfg.rereads else None)
         for layer, block in enumerate(model.blocks[: self.first_hooked]):
             x, self.past[layer], frame = block(x, frame, self.past[layer])
@@ -137,14 +321,8 @@ def _first_hooked_layer(model: Generation) -> int:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
-def _sample(logits: Tensor, temperature: int | float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept = logits.topk(top_k)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    """Tell whether something reads or changes what a module computes: hooks, or an SAE in place of a hook point."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or (isinstance(part, Point) and part.altered)
+        for part in module.modules()
+    )

@@ -86,6 +86,14 @@ class Point(HookPoint):
     activation itself.
     """
 
+    spliced: Callable[[Tensor], Tensor] | None = None  # what is put in place of the activation: an SAE
+    watched: tuple[Callable[[Tensor], Tensor], ...] = ()  # what reads it before: transcoders that write elsewhere
+
+    @property
+    def altered(self) -> bool:
+        """Whether an SAE stands here, or reads here."""
+        return self.spliced is not None or bool(self.watched)
+
     def add_hook(self, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """Add a hook, as transformer_lens does, and remember whether it only reads."""
         before = {id(handle) for handle in self.fwd_hooks}
@@ -109,7 +117,10 @@ class Point(HookPoint):
         return bool(forward or (dir != "fwd" and (self._backward_hooks or self._backward_pre_hooks)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation, or a copy for hooks that may edit it."""
+        """Return the activation, what an SAE makes of it if one stands here, or a copy for hooks that may edit it."""
+        for see in self.watched:
+            see(x)
+        x = x if self.spliced is None else self.spliced(x)
         readers = sum(getattr(handle, "only_reads", False) for handle in self.fwd_hooks)
         return x.clone() if len(self._forward_hooks) > readers else x
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from .sources import CheckpointError
+from .tokenization import StoredTokenizer
 from .transformer import BilinearConfig, BilinearTransformer
 
 TOKENIZERS = {
@@ -82,7 +82,7 @@ class Layout(ABC):
         """Return why the token ids of such a model cannot be decoded; None if a tokenizer does."""
         return None
 
-    def has_bos(self, tokenizer: Tokenizer) -> bool:
+    def has_bos(self, tokenizer: StoredTokenizer) -> bool:
         """Tell whether models of this format were trained on texts that start with BOS; the published ones were."""
         return True
 

@@ -179,7 +179,7 @@ class LensNames(metaclass=_Explaining):
         single_token: str | int,
         input: Text | Ids,
         mode: Literal["first", "last"] = "first",
-        prepend_bos: bool | None = True,
+        prepend_bos: bool | None = None,
     ) -> int:
         """Return the position of a token, a text or an id, in one text or one row of token ids.
 
@@ -221,8 +221,8 @@ class LensNames(metaclass=_Explaining):
     def input_to_embed(
         self,
         input: Text | Ids,
-        prepend_bos: bool | None = True,
-        padding_side: Literal["left", "right"] = "right",
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
         attention_mask: Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"] | None = None,
     ) -> tuple[Float[Tensor, "batch seq d_model"], Int[Tensor, "batch seq"], None, Bool[Tensor, "batch seq"] | None]:
         """Return what enters the first block, the token ids, `None`, and the mask (`None` if it masks nothing).
@@ -233,7 +233,7 @@ class LensNames(metaclass=_Explaining):
         Args:
             input: As for `forward`.
             prepend_bos: Whether a text starts with BOS.
-            padding_side: Where several texts are padded.
+            padding_side: Where several texts are padded; on the right, if `None`.
             attention_mask: As for `forward`.
         """
         tokens, mask = self.read(input, attention_mask, prepend_bos, padding_side)

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from .attention import AttentionConfig, Local
 from .embedding import EmbedConfig, UnembedConfig
 from .families import FAMILIES, FULL, SLIDING, Family
@@ -15,6 +13,7 @@ from .layers import NormConfig
 from .layouts import UNREAD, CheckpointError, Keys, Layout, blaming
 from .mlp import MLPConfig
 from .ropes import read_ropes, write_ropes
+from .tokenization import StoredTokenizer
 from .transformer import BilinearConfig
 
 # A "linear" gate is no gate: left and right are multiplied as they are.
@@ -128,10 +127,9 @@ class Llama(Layout):
                 )
         return layout
 
-    def has_bos(self, tokenizer: Tokenizer) -> bool:
+    def has_bos(self, tokenizer: StoredTokenizer) -> bool:
         """Tell whether the tokenizer itself puts a special token before a text: Llama's does, Qwen's does not."""
-        bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-        return full[:1] != bare[:1]
+        return tokenizer.starts_texts
 
     def parts(self, name: str, rows: int, cfg: BilinearConfig) -> dict[str, int]:
         """Return the tensors that a parameter is made of: queries, keys and values; gate and up; itself."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -20,8 +20,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer
 from torch import Tensor
+
+from .tokenization import NAMES, StoredTokenizer, ids_of, with_decoder
 
 EMBEDDED = "bilens-mini"
 PUBLISHED = ("tdooms/ts-medium", "tdooms/fw-small", "tdooms/fw-medium")
@@ -114,6 +116,15 @@ class Source:
             return None
         except HFValidationError as error:
             raise FileNotFoundError(f"{self.name!r} is neither a folder here nor a valid Hub name: {error}") from error
+
+    def extra(self, filename: str) -> Path | None:
+        """Return a file that may be missing, or that an offline cache may lack since nobody has asked for it before."""
+        try:
+            return self.optional(filename)
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                return None
+            raise
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the files of a subfolder, sorted; none if there is no such folder."""
@@ -226,13 +237,30 @@ def check_finite(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`; a WordPiece one without a decoder, as published, gets the usual decoder."""
+    """Read a `tokenizer.json`; one without a decoder, as published, gets the usual decoder of its pieces."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"{path} must be a tokenizers file, but does not parse: {error}") from error
-    if tokenizer.decoder is None and isinstance(tokenizer.model, models.WordPiece):
-        tokenizer.decoder = decoders.WordPiece()
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    return with_decoder(tokenizer)
+
+
+def stored_tokenizer(source: Source, *configs: Mapping[str, Any]) -> StoredTokenizer | None:
+    """Read a tokenizer and what the files beside it say of special tokens; None if there is no `tokenizer.json`.
+
+    Args:
+        source: Where it lies.
+        *configs: Of the model, `generation_config.json` first.
+    """
+    path = source.optional("tokenizer.json")
+    if path is None:
+        return None
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the latter is of older ones
+        beside = None if settings else source.extra(name)
+        settings |= read_json(beside) if beside else {}
+    template = source.extra("chat_template.jinja") if settings and "chat_template" not in settings else None
+    settings |= {"chat_template": template.read_text(encoding="utf-8")} if template else {}
+    return StoredTokenizer(read_tokenizer(path), settings, {role: ids_of(role, *configs) for role in NAMES})

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .attention import Attention, AttentionConfig, Frame, geometry
@@ -75,15 +74,17 @@ class BilinearTransformer(LensNames, Generation):
 
     Args:
         cfg: The model's shape.
-        tokenizer: Owner of BOS, case and padding. Without one the model takes token ids only.
+        tokenizer: Owner of BOS, case and padding, one of transformers or tokenizers. Without one the model takes token
+            ids only.
         source: The published `config.json` the model came from, unknown keys included; empty for a new model.
     """
 
-    def __init__(self, cfg: BilinearConfig, tokenizer: Tokenizer | None = None, source: dict[str, Any] | None = None):
+    def __init__(self, cfg: BilinearConfig, tokenizer: Any = None, source: dict[str, Any] | None = None):
         super().__init__()
         self.cfg, self.tokenizer, self.source = cfg, tokenizer, dict(source or {})
+        self.generation: dict[str, Any] = {}  # `generation_config.json` the model came with
         self.ignored_keys: tuple[str, ...] = ()  # keys of `source` without meaning here
-        self.has_bos = True
+        self.has_bos, self.name = True, ""  # what it was loaded by
         self.embed = Embed(cfg.embed, cfg.d_vocab, cfg.d_model)
         self.hook_embed = Point()
         if cfg.embed.norm is not None:
@@ -122,7 +123,8 @@ class BilinearTransformer(LensNames, Generation):
         stop_at_layer: int | None = None,
         tokens: Ids | None = None,
         loss_per_token: bool = False,
-        prepend_bos: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
     ) -> Any:
         """Run the model.
 
@@ -138,7 +140,8 @@ class BilinearTransformer(LensNames, Generation):
             tokens: With `start_at_layer`, the token ids that a loss needs, and a model whose later blocks read the
                 start of the stream or the first block's values again (then computed without hooks).
             loss_per_token: Return the loss at each position, `[batch, seq - 1]`, zero where masked.
-            prepend_bos: Whether a text starts with BOS.
+            prepend_bos: Whether a text starts with BOS; as the model was trained, if `None`.
+            padding_side: Where texts are padded; on the right, if `None`.
 
         Raises:
             ValueError: A token id outside the vocabulary, more tokens than the context, a mask of another shape, a loss
@@ -148,9 +151,11 @@ class BilinearTransformer(LensNames, Generation):
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
         tokens = None if tokens is None else torch.atleast_2d(token_ids(tokens, "tokens"))
         if start_at_layer is None:
-            tokens, mask = self.read(input, attention_mask, prepend_bos)
+            tokens, mask = self.read(input, attention_mask, prepend_bos, padding_side)
+            self.notice(tokens)
             x = self.stream_start(tokens)
         elif isinstance(input, Tensor):
+            self.notice(tokens)
             x, mask = input, self.check_mask(attention_mask, input)
         else:
             raise ValueError(
@@ -175,7 +180,11 @@ class BilinearTransformer(LensNames, Generation):
 
     def stream_start(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
         """Return what enters the first block: the embeddings, normalised if they are to be."""
-        x = self.hook_embed(self.embed(tokens))
+        return self.started(self.embed(tokens))
+
+    def started(self, embedded: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        """Return what `stream_start` does, of embeddings."""
+        x = self.hook_embed(embedded)
         return x if self.cfg.embed.norm is None else self.hook_embed_normalized(self.ln_embed(x))
 
     def embedded(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:

@@ -1,10 +1,9 @@
 """Text as windows of tokens, and what a model's hook points see of them: the one reader of activations."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .text import INTEGERS
+from .text import token_ids
+from .texts import Texts as Texts
+from .texts import rows_of, text_of
 from .transformer import BilinearTransformer
-
-# A text, texts (of a list, a column, rows with a column `text`, a stream), or windows of token ids.
-Texts: TypeAlias = str | Tensor | np.ndarray | Iterable[Any]
-PADS = ("[PAD]", "<pad>", "<|pad|>")  # tokens that pad besides EOS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,15 +38,18 @@ class Windows:
 
         Args:
             model: Owner of the tokenizer.
-            texts: A text; texts, or rows with a column `text`, of any iterable such as a `datasets.Dataset`; or windows
-                of token ids: integers of any width, as a tensor, an array or lists, one window or several.
+            texts: A text; texts, or rows with a column `text`, of whatever `texts.rows_of` reads: lists, streams,
+                `datasets` datasets, data frames, files by their `pathlib.Path`; or windows of token ids: integers of
+                any width, as a tensor, an array or lists, one window or several.
             length: Tokens per window of text, BOS included; at most, and by default, the model's context.
 
         Raises:
             ValueError: No text at all; something that is not a text, by its number; texts for a model without a
                 tokenizer; a length out of range; token ids that are outside the vocabulary or exceed the context.
         """
-        rows = _rows(texts)
+        rows = list(rows_of(texts))
+        if not rows:
+            raise ValueError("texts must hold at least one text or window of token ids, got none")
         first = next((row for row in rows if row is not None), None)
         if isinstance(first, int | np.integer):  # one window
             rows, first = [rows], rows
@@ -90,18 +90,6 @@ class Windows:
             yield rows, self[rows].trim()
 
 
-def _rows(texts: Texts) -> list[Any]:
-    """Return the texts, or the windows, one by one."""
-    if isinstance(texts, str):
-        return [texts]
-    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
-        raise ValueError(f"texts must be texts or windows of token ids, got {type(texts).__name__}")
-    rows = list(torch.atleast_2d(texts) if isinstance(texts, Tensor) else texts)
-    if not rows:
-        raise ValueError("texts must hold at least one text or window of token ids, got none")
-    return rows
-
-
 def _of_ids(model: BilinearTransformer, rows: Sequence[Any], length: int | None) -> Windows:
     """Take windows of token ids as they are."""
     if length is not None:
@@ -118,7 +106,7 @@ def _of_ids(model: BilinearTransformer, rows: Sequence[Any], length: int | None)
         row = int(bad.any(1).nonzero()[0])
         last = model.cfg.d_vocab - 1
         raise ValueError(f"texts must hold token ids from 0 to {last}, got {int(tokens[bad][0])} in window {row}")
-    pads = torch.tensor(_padding_ids(model), dtype=torch.int64, device=tokens.device)
+    pads = torch.tensor(model.padding_ids, dtype=torch.int64, device=tokens.device)
     text = (there & ~torch.isin(tokens, pads)).flip(1).cummax(1).values.flip(1)  # up to the last that is no padding
     attend = text.clone()
     attend[:, 0] = True  # a window of padding alone still has a token to run on
@@ -131,14 +119,10 @@ def _of_ids(model: BilinearTransformer, rows: Sequence[Any], length: int | None)
 
 def _ids(row: Any, index: int) -> Int[Tensor, " seq"]:
     """Read one window of token ids."""
-    row = row if isinstance(row, Tensor) else np.asarray(row)
-    whole = row.dtype in INTEGERS if isinstance(row, Tensor) else row.dtype.kind in "iu"
-    if row.ndim != 1 or not whole:
-        raise ValueError(
-            f"texts must hold windows [seq] of integer token ids, got {row.dtype} of shape {list(row.shape)} as window "
-            f"{index}"
-        )
-    return row.long() if isinstance(row, Tensor) else torch.from_numpy(row.astype(np.int64))
+    ids = token_ids(row, f"texts (window {index})")
+    if ids.ndim != 1:
+        raise ValueError(f"texts must hold windows [seq] of token ids, got shape {list(ids.shape)} as window {index}")
+    return ids
 
 
 def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | None) -> Windows:
@@ -149,11 +133,11 @@ def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | Non
     length = model.cfg.n_ctx if length is None else length
     if not first < length <= model.cfg.n_ctx:
         raise ValueError(f"length must lie between {first + 1} and {model.cfg.n_ctx} (n_ctx), got {length}")
-    texts = [_text(row, index) for index, row in enumerate(rows)]
+    texts = [text_of(row, index) or "" for index, row in enumerate(rows)]
     start, step = [model.bos_id] if model.has_bos else [], length - first
     pieces, of = [], []
-    for index, encoding in enumerate(model.tokenizer.encode_batch(texts, add_special_tokens=False)):
-        ids = encoding.ids[1:] if start and encoding.ids[:1] == start else encoding.ids  # a text may spell BOS out
+    for index, ids in enumerate(model.token_rows(texts)):
+        ids = ids[1:] if start and ids[:1] == start else ids  # a text may spell BOS out
         cut = [torch.tensor(start + ids[i : i + step]) for i in range(0, len(ids), step)]
         pieces += cut
         of += [index] * len(cut)
@@ -167,39 +151,18 @@ def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | Non
 
 def holds_text(model: BilinearTransformer, text: str) -> bool:
     """Tell whether a text has a token, so that `Windows.of` finds a window in it."""
-    first, ids = int(model.has_bos), model.tokenizer.encode(text, add_special_tokens=False).ids
+    first, ids = int(model.has_bos), model.token_rows([text])[0]
     return bool(ids[first:] if first and ids[:1] == [model.bos_id] else ids)
-
-
-def _text(row: Any, index: int) -> str:
-    """Read a text, or the one in the column `text` of a row; empty if it is None."""
-    if isinstance(row, Mapping):
-        if "text" not in row:
-            raise ValueError(f"texts must have a column 'text', got {', '.join(map(repr, row))} in row {index}")
-        row = row["text"]
-    if row is not None and not isinstance(row, str):
-        raise ValueError(f"texts must hold strings, got {type(row).__name__} {row!r} as text {index}")
-    return row or ""
 
 
 def _pad(
     model: BilinearTransformer, rows: Sequence[Int[Tensor, " _"]]
 ) -> tuple[Int[Tensor, "row seq"], Bool[Tensor, "row seq"]]:
     """Pad on the right, and say where there is something."""
-    device, (pad, *_) = model.W_E.device, (*_padding_ids(model), 0)
+    device, (pad, *_) = model.W_E.device, (*model.padding_ids, 0)
     tokens = pad_sequence(list(rows), batch_first=True, padding_value=pad).to(device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-
-
-def _padding_ids(model: BilinearTransformer) -> list[int]:
-    """Return the ids that stand for padding at the end of a window; a model may have none."""
-    if model.tokenizer is None:
-        return []
-    found = [i for name in PADS if (i := model.tokenizer.token_to_id(name)) is not None]
-    with suppress(ValueError):  # not every tokenizer has an EOS
-        found.insert(0, model.eos_id)
-    return found
 
 
 def layer_of(hook: str) -> int:

@@ -7,7 +7,7 @@ from bilens.circuits.findings import Finding
 from bilens.circuits.layer import FeatureLayer
 from bilens.saes.cards import Card, FeatureCards
 
-from .parts import Word, spelled
+from .parts import Word
 
 _HIGH = 38  # of the tallest bar of a histogram
 
@@ -54,14 +54,14 @@ def _bars(counts: Sequence[int]) -> list[float]:
 
 
 def _contexts(stored: FeatureCards, feature: int, n: int = 6) -> Iterator[list[Word]]:
-    contexts, tokenizer = stored.contexts, stored.model.tokenizer
+    contexts, model = stored.contexts, stored.model
     strongest = contexts.values[feature].max().item() or 1.0
     windows = zip(contexts.tokens[feature, :n].tolist(), contexts.values[feature, :n].tolist(), strict=True)
     for tokens, values in windows:
         words = []
         for at, (token, value) in enumerate(zip(tokens, values, strict=True)):
             if token >= 0:
-                text, shade = spelled(tokenizer.id_to_token(token)), max(value, 0) / strongest
+                (text,), shade = model.spellings([token]), max(value, 0) / strongest
                 words.append(Word(text, shade, at == contexts.peak, f"{value:.2f}"))
         if words:
             yield words

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilens.tensor.tables import Tabular, is_one, unit_of
 
-from .figures import INK, NEGATIVE, NEUTRAL, POSITIVE, draw, short
+from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, draw, rounded, short
 
 _BARS, _LINES = 20, 4  # rows that each have a bar; columns that each have a line
 _MOST = 2000  # points of a line
@@ -26,6 +26,8 @@ def table(record: Tabular) -> go.Figure:
         return _facts(record)
     columns = record.columns()
     numbers = _those(columns, float) or _those(columns, int)
+    if not numbers and (wide := [column for column in columns.values() if _is_matrix(column)]):
+        return _matrix(record, wide[0])
     if not any(map(len, numbers.values())):
         raise ValueError(f"record must hold numbers to be drawn, but {type(record).__name__} has {_said(columns)}")
     names = _names(columns)
@@ -37,9 +39,12 @@ def _facts(record: Tabular) -> go.Figure:
     facts = record.facts()
     numbers = {name: value for name, value in facts.items() if isinstance(value, float)}
     numbers = numbers or {name: value for name, value in facts.items() if isinstance(value, int)}
+    vectors = [value for value in facts.values() if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1]
     inner = [value for value in facts.values() if isinstance(value, Tabular)]
     if not numbers and inner:
         return table(max(inner, key=length_of))
+    if not numbers and vectors:
+        return _lines(record, {"value": _numbers(vectors[0])})
     if not numbers:
         raise ValueError(f"record must hold numbers to be drawn, but {type(record).__name__} has {_said(facts)}")
     return _signed(list(numbers), list(numbers.values()), type(record).__name__, "")
@@ -72,6 +77,22 @@ def _names(columns: dict[str, Any]) -> list[str]:
 
 def _is_words(column: Any) -> bool:
     return not isinstance(column, Tensor) and len(column) > 0 and isinstance(column[0], str)
+
+
+def _is_matrix(column: Any) -> bool:
+    return isinstance(column, Tensor) and column.ndim > 1 and column.is_floating_point()
+
+
+def _matrix(record: Tabular, values: Tensor) -> go.Figure:
+    """Draw numbers that have a second axis, the mean over further ones."""
+    values = values[:_MOST].flatten(2).mean(-1) if values.ndim > 2 else values[:_MOST]
+    limit = values.nan_to_num().abs().max().item() or 1.0
+    colors = {"colorscale": DIVERGING, "zmin": -limit, "zmax": limit}
+    trace = go.Heatmap(
+        z=[rounded(row) for row in values], hovertemplate="%{y}, %{x}: %{z:.4g}<extra></extra>", **colors
+    )
+    figure = draw(trace, title=type(record).__name__, yaxis_title=unit_of(record))
+    return figure.update_yaxes(autorange="reversed")
 
 
 def _bars(record: Tabular, names: Sequence[str], numbers: dict[str, list[float]]) -> go.Figure:

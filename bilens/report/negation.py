@@ -11,7 +11,7 @@ from bilens.circuits.turning import FlipTest
 from bilens.circuits.verdict import Flips
 
 from . import plots
-from .parts import Figure, Link, Table, Word, spelled, to_card
+from .parts import Figure, Link, Table, Word, to_card
 
 _MEMBERS = 12  # features of a group that are named
 _PAIRS = 8  # single pairs that are shown
@@ -112,10 +112,8 @@ def _lines(lens: FeatureLayer, one: Marked) -> list[Line]:
             f"{role} {value:.2f}, most of it {feature} {lens.name('inp', feature)}"
             for value, feature in zip(values, strongest, strict=True)
         ]
-        words = zip(one.tokens, values, says, strict=True)
-        lines.append(
-            Line(role, [Word(spelled(token), max(value, 0) / most, False, what) for token, value, what in words])
-        )
+        words = zip(one.spelt or one.tokens, values, says, strict=True)
+        lines.append(Line(role, [Word(text, max(value, 0) / most, False, what) for text, value, what in words]))
     return lines
 
 

@@ -69,11 +69,6 @@ class Word(NamedTuple):
         return self.peak or self.shade > 0.02
 
 
-def spelled(token: str) -> str:
-    """Return a token as it stands in a text, with the space before it."""
-    return ("" if token.startswith("##") else " ") + token.removeprefix("##")
-
-
 def to_card(lens: FeatureLayer, side: str, feature: int) -> Link:
     """Return a feature's name, as a link to its card; the constant leg has none."""
     if feature >= len(lens.writers if side == "inp" else lens.readers):

@@ -23,8 +23,9 @@ from bilens.circuits.steering import Steering
 from bilens.circuits.terms import Terms
 from bilens.circuits.trial import CircuitTest
 from bilens.circuits.turning import FlipTest
-from bilens.images.adversarial import Attack
+from bilens.images.adversarial import Attack, Masks
 from bilens.images.reading import ClassEigen, Explanation, Similarity, Truncation
+from bilens.images.sets import ImageSet
 from bilens.tensor.decompositions import Eigen
 from bilens.tensor.defaults import Modified
 from bilens.tensor.factorizations import CP, HOSVD
@@ -334,6 +335,29 @@ def _similarity(found: Similarity) -> go.Figure:
     return imageplots.similarity({"models": found}) if len(models) > 2 else table(found)
 
 
+def _images(found: ImageSet, columns: int = 5, rows: int = 4) -> go.Figure:
+    """Draw the first images, in rows of five."""
+    columns, rows = (min(columns, len(found)), 1) if len(found) < 2 * columns else (columns, rows)
+    rows = min(rows, len(found) // columns)
+    some = found[: rows * columns]
+    shown, names = some.x.unflatten(0, (rows, columns)), [found.names[label] for label in some.y.tolist()]
+    captions = [names[row * columns : (row + 1) * columns] for row in range(rows)]
+    return imageplots.image_grid(shown, [""] * rows, [""] * columns, f"{rows * columns} of {len(found)}", captions)
+
+
+def _masks(found: Masks) -> go.Figure:
+    classes, n, _ = found.mask.shape
+    shown = found.mask.unflatten(-1, found.size)
+    return imageplots.image_grid(shown, list(map(str, range(classes))), list(map(str, range(n))), "Masks by class")
+
+
+def _class_eigenvectors(found: ClassEigen) -> go.Figure:
+    """Draw eigenvectors of either sign, as many as every class has; of one sign alone the eigenvalues."""
+    n = min(3, *((found.values * sign > 0).sum(1).min().item() for sign in (1, -1)))
+    names = _numbered(found)
+    return imageplots.class_eigenvectors(found, names, n) if n else imageplots.class_spectra(found, names)
+
+
 def _numbered(found: ClassEigen | Explanation) -> list[str]:
     """Name classes by number: images' records do not know their names."""
     return [str(index) for index in range(len(found))]
@@ -359,7 +383,9 @@ _FIGURES: dict[type, Callable[[Any], go.Figure]] = {
     Finding: lambda found: spectrum(found.values),
     Paths: lambda found: path_shares(found.shares()),
     Steering: steering,
-    ClassEigen: lambda found: imageplots.class_eigenvectors(found, _numbered(found)),
+    ImageSet: _images,
+    Masks: _masks,
+    ClassEigen: _class_eigenvectors,
     Explanation: lambda found: imageplots.explanation_images(found, _numbered(found)),
     Truncation: lambda found: imageplots.truncation({"model": found}),
     Similarity: _similarity,

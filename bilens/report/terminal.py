@@ -1,6 +1,6 @@
 """What the command line prints: tables for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +14,7 @@ from bilens.circuits.layer import FeatureLayer
 from bilens.circuits.negating import Negation
 from bilens.saes.cards import Card, FeatureCards
 from bilens.tensor.interactions import Interactions
-
-from .parts import rows_of
+from bilens.tensor.tables import Tabular
 
 
 def _named(console: Console, table: Table, names: Sequence[str], number: str, widest: int = 44) -> None:
@@ -27,14 +26,21 @@ def _named(console: Console, table: Table, names: Sequence[str], number: str, wi
     table.add_column(number, justify="right", no_wrap=True, min_width=width)
 
 
+def _ranked(console: Console, title: str, record: Tabular, shown: Mapping[str, str], number: str, spec: str) -> None:
+    """Print a record: some of its columns under other names, and what each row's `value` is."""
+    table, columns = _table(title), record.columns()
+    _named(console, table, tuple(shown.values()), number)
+    names = zip(*(columns[name] for name in shown), strict=True) if columns else ()
+    for row, value in zip(names, columns.get("value", ()), strict=True):
+        table.add_row(*map(escape, row), f"{float(value):{spec}}")
+    console.print(table)
+
+
 def print_ranking(console: Console, lens: FeatureLayer, strongest: Interactions, n: int = 10) -> None:
     """Print the strongest pairs of the layer."""
-    table = _table(f"strongest feature pairs of layer {lens.layer}, from the weights alone")
-    _named(console, table, ("input feature", "× input feature", "→ output feature"), number="coefficient")
-    for o, i, j, value in rows_of(strongest, n):
-        names = (lens.name("inp", i), lens.name("inp", j), lens.name("out", o))
-        table.add_row(*map(escape, names), f"{value:+.3f}")
-    console.print(table)
+    shown = {"left_name": "input feature", "right_name": "× input feature", "out_name": "→ output feature"}
+    title = f"strongest feature pairs of layer {lens.layer}, from the weights alone"
+    _ranked(console, title, strongest[:n].named(lens.name), shown, "coefficient", "+.3f")
 
 
 def print_findings(console: Console, found: Discoveries, findings: Sequence[Finding]) -> None:
@@ -112,11 +118,8 @@ def print_attribution(console: Console, lens: FeatureLayer, found: Attribution, 
     place, word, target = found.places.position[0].item(), found.places.word(0), found.target.name
     if found.target.kind == "feature":
         target += f" ({lens.name('out', found.target.index)})"
-    table = _table(f"{target} at {place} {word!r}, layer {found.layer}: pairs that add or take away most")
-    _named(console, table, ("input feature", "× input feature"), number="adds")
-    for term in found.top(k):
-        table.add_row(*map(escape, term.labels), f"{term.value:+.4f}")
-    console.print(table)
+    title = f"{target} at {place} {word!r}, layer {found.layer}: pairs that add or take away most"
+    _ranked(console, title, found.top(k), {"labels_0": "input feature", "labels_1": "× input feature"}, "adds", "+.4f")
     for name, value in found.sums.items():
         console.print(f"  {name:18} {value.item():+.5f}", markup=False)
 

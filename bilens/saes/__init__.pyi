@@ -18,6 +18,7 @@ from .evaluation import evaluate as evaluate
 from .fitting import ActivationStream as ActivationStream
 from .fitting import Recipe as Recipe
 from .fitting import fit as fit
+from .loading import load as load
 from .naming import Label as Label
 from .naming import label_of as label_of
 from .peaks import Contexts as Contexts
@@ -38,7 +39,6 @@ from .stored import SAE as SAE
 from .stored import ScopeSAE as ScopeSAE
 from .stored import ScopeSAEConfig as ScopeSAEConfig
 from .stored import SignedTopK as SignedTopK
-from .stored import load as load
 from .stored import load_scope as load_scope
 from .stored import sae_folder as sae_folder
 from .stored import save as save

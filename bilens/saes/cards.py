@@ -109,7 +109,7 @@ class FeatureCards(Record, rows="feature"):
         if feature not in self.numbers:
             first, last = (self.numbers[0], self.numbers[-1]) if len(self) else (0, -1)
             raise IndexError(f"feature must lie between {first} and {last} ({self.hook}), got {feature}")
-        words = map(self.model.tokenizer.id_to_token, self.tokens[feature].tolist())
+        words = self.model.labels(self.tokens[feature].tolist())
         effects = dict(zip(words, self.effects[feature].tolist(), strict=True))
         n = int((self.contexts.tokens[feature, :, self.contexts.peak] >= 0).sum())
         return Card(
@@ -214,7 +214,7 @@ class FeatureCards(Record, rows="feature"):
         Raises:
             ValueError: None of the words is a token, or no feature is near them.
         """
-        ids = [i for word in words if (i := self.model.tokenizer.token_to_id(word)) is not None]
+        ids = self.model.tokens_of(words)
         if not ids:
             raise ValueError(f"words must hold a token of the model, got {list(words)}")
         peak = self.contexts.peak

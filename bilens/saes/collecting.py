@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilens.models.files import atomic_write, fingerprint
+from bilens.models.texts import Texts, rows_of, text_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, holds_text, observed
 
@@ -43,7 +44,7 @@ TOKENS = 10  # by logit effect, of either sign
 def collect(
     model: BilinearTransformer,
     saes: Mapping[str, "SAE"],
-    dataset: Iterable[str | Mapping[str, Any] | None],
+    dataset: Texts,
     *,
     folder: str | Path | None = None,
     text: str = "text",
@@ -112,22 +113,18 @@ class _Text(NamedTuple):
     label: str | None
 
 
-def _rows(dataset: Iterable[str | Mapping[str, Any] | None], text: str, label: str | None) -> Iterator[_Text]:
+def _rows(dataset: Texts, text: str, label: str | None) -> Iterator[_Text]:
     """Read texts, empty where there is none, and labels; a `datasets` class label by its name."""
     feature = (getattr(dataset, "features", None) or {}).get(label)
     named = getattr(feature, "int2str", str)
-    for index, row in enumerate([dataset] if isinstance(dataset, str) else dataset):
-        if isinstance(row, Mapping):
-            for name in filter(None, (text, label)):
-                if name not in row:
-                    raise ValueError(f"dataset must have a column {name!r}, got {', '.join(map(repr, row))}")
-            one, told = row[text], None if label is None or row[label] is None else named(row[label])
-        elif label is not None:
-            raise ValueError(f"dataset must have a column {label!r} for the labels, got texts without columns")
-        else:
-            one, told = row, None
-        if one is not None and not isinstance(one, str):
-            raise ValueError(f"dataset must hold texts, got {type(one).__name__} {one!r} in row {index}")
+    for index, row in enumerate(rows_of(dataset, "dataset", text)):
+        one, told = text_of(row, index, text, "dataset"), None
+        if label is not None:
+            if not isinstance(row, Mapping):
+                raise ValueError(f"dataset must have a column {label!r} for the labels, got texts without columns")
+            if label not in row:
+                raise ValueError(f"dataset must have a column {label!r}, got {', '.join(map(repr, row))}")
+            told = None if row[label] is None else named(row[label])
         yield _Text(one or "", told)
 
 

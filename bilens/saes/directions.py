@@ -1,12 +1,12 @@
 """What the features of an SAE of any kind read and write, and whether an SAE belongs to a model."""
 
-import re
 from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from bilens.models.files import fingerprint
+from bilens.models.splicing import own_name
 from bilens.models.transformer import BilinearTransformer
 
 from .scaling import check_scheme
@@ -24,10 +24,6 @@ _REFUSED = {
     "matryoshka_batchtopk": "while it is trained its features depend on the batch: save_inference_model makes a "
     "jumprelu SAE",
 }
-_SAME = (  # other names of our hook points
-    (re.compile(r"^(blocks\.\d+)\.mlp\.hook_in$"), r"\1.hook_mlp_in"),
-    (re.compile(r"^(blocks\.\d+)\.mlp\.hook_out$"), r"\1.hook_mlp_out"),
-)
 
 
 def is_transcoder(sae: "SAE") -> bool:
@@ -145,9 +141,22 @@ def writes_at(sae: "SAE") -> str | None:
 
 def here(hook: str | None) -> str | None:
     """Return the name that a hook point has here; other libraries have others for some."""
-    for pattern, own in _SAME:
-        hook = hook if hook is None else pattern.sub(own, hook)
-    return hook
+    return own_name(hook)
+
+
+def check_stands(model: BilinearTransformer, sae: "SAE", hook: str) -> None:
+    """Make sure that an SAE can stand in for what a hook point sees.
+
+    Raises:
+        ValueError: It is a transcoder, which writes elsewhere, or normalises what it reads by what it does not hold.
+    """
+    model.check_hook_name(hook)
+    check_scheme(sae, f"the SAE at {hook}")
+    if is_transcoder(sae):
+        raise ValueError(
+            f"the SAE at {hook} must write where it reads, got a {sae.cfg.architecture()}: model.run_with_saes(tokens, "
+            f"saes=sae) runs the model with it"
+        )
 
 
 def check_sae(model: BilinearTransformer, sae: "SAE", hook: str, name: str | None = None) -> None:

@@ -13,7 +13,7 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, layer_of, observed
 from bilens.tensor.records import Record
 
-from .directions import hook_of
+from .directions import check_stands, hook_of
 
 if TYPE_CHECKING:
     from .stored import SAE
@@ -57,8 +57,14 @@ def evaluate(
         dataset: Texts, or windows of token ids.
         hook: Where it goes; by default where it says it was fitted.
         batch: Windows at a time.
+
+    Raises:
+        ValueError: A transcoder, which does not stand in for what it reads; an SAE whose input is normalised by what it
+            does not hold.
     """
-    hook, windows = hook_of(sae, hook), Windows.of(model, dataset)
+    hook = hook_of(sae, hook)
+    check_stands(model, sae, hook)
+    windows = Windows.of(model, dataset)
     sums = _Sums(sae.cfg.d_in, sae.cfg.d_sae)
     for _, some, found in observed(model, windows, [hook], batch):
         x = found[hook][some.counts].to(sae.W_dec)

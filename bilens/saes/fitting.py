@@ -22,7 +22,7 @@ from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, observed
 
 from .kinds import KINDS, finished, untrained
-from .stored import load, save
+from .stored import load, save, unit_rows
 
 
 class ActivationStream:
@@ -234,5 +234,5 @@ def _start_at_the_mean(trainer: MultiSAETrainer, sample: Mapping[str, Tensor]) -
 @torch.no_grad()
 def _finish(trained: TrainingSAE, model: BilinearTransformer, hook: str, settings: dict[str, Any]) -> SAE:
     """Turn a trained SAE into an inference one that says where it belongs."""
-    about = {"hook_name": hook, "context_size": model.cfg.n_ctx, "prepend_bos": True, "model_name": "bilens"}
-    return finished(trained, SAEMetadata(**about, settings=settings))
+    about = {"context_size": model.cfg.n_ctx, "prepend_bos": True, "model_name": model.name or "bilens"}
+    return unit_rows(finished(trained, SAEMetadata(hook_name=hook, settings=settings, **about)))

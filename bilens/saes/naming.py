@@ -94,8 +94,8 @@ def _worth(some: TokenShares, feature: int) -> list[tuple[int, float]]:
 
 def word(model: BilinearTransformer, token: int) -> str:
     """Return a token as a label shows it: a piece within a word with a hyphen before it."""
-    text = model.tokenizer.id_to_token(token)
-    return f"-{text[2:]}" if text.startswith("##") else text.lstrip("Ġ▁")
+    text = model.label(token)
+    return f"-{text[2:]}" if text.startswith("##") else text.strip() or repr(text)[1:-1]
 
 
 def _arrow(promoted: Sequence[str], room: int) -> str:
@@ -142,8 +142,7 @@ def _by_contexts(
     promoted: Sequence[str],
 ) -> Label:
     """Return the word before that most of the strongest contexts share, the tokens at the peaks, and the promoted."""
-    tokens = [model.tokenizer.token_to_id(text) for text in contexts.top_tokens(feature, model, 3)]
-    tokens = list(at or tokens)
+    tokens = list(at or contexts.top_ids(feature, 3))
     cue = contexts.cue(feature, _CUE)
     before = "" if cue is None else f"{word(model, cue)} … "
     arrow = _arrow(promoted, WIDEST // 3)

@@ -14,6 +14,7 @@ from bilens.tensor.records import Record
 from bilens.tensor.tables import Made
 
 from .directions import hook_of
+from .scaling import check_scheme
 
 if TYPE_CHECKING:
     from .stored import SAE
@@ -65,10 +66,14 @@ class Contexts(Record, rows="feature"):
             n: How many tokens.
             weights: Of the features; equal if `None`, and the sign does not matter.
         """
+        return model.labels(self.top_ids(features, n, weights))
+
+    def top_ids(self, features: int | Sequence[int], n: int = 4, weights: Sequence[float] | None = None) -> list[int]:
+        """Return the ids of the tokens that `top_tokens` names."""
         counted: dict[int, float] = {}
         for window, weight in self._windows(features, weights):
             counted[window[self.peak]] = counted.get(window[self.peak], 0.0) + weight
-        return [model.tokenizer.id_to_token(token) for token in sorted(counted, key=counted.get, reverse=True)[:n]]
+        return sorted(counted, key=counted.get, reverse=True)[:n]
 
     def label(
         self,
@@ -89,7 +94,11 @@ class Contexts(Record, rows="feature"):
             # always the same token: show the words before it, which tell such features apart
             return self.snippet(features, 0, model, before=3, after=0)
         cue = self.cue(features, 0.7, weights)
-        return " / ".join(words) if cue is None else f"{model.tokenizer.id_to_token(cue)} … {' / '.join(words)}"
+        return (
+            " / ".join(map(str.strip, words))
+            if cue is None
+            else f"{model.label(cue).strip()} … {' / '.join(map(str.strip, words))}"
+        )
 
     def cue(self, features: int | Sequence[int], share: float, weights: Sequence[float] | None = None) -> int | None:
         """Return the token that most of the contexts of features have up to three tokens before their peaks, if any.
@@ -123,8 +132,8 @@ class Contexts(Record, rows="feature"):
         window = self.tokens[feature, n].tolist()
         left = [t for t in window[max(0, self.peak - before) : self.peak] if t >= 0]
         right = [t for t in window[self.peak + 1 : self.peak + 1 + after] if t >= 0]
-        peak = model.tokenizer.id_to_token(window[self.peak]) if window[self.peak] >= 0 else ""
-        return f"{model.to_string(left)} [{peak}] {model.to_string(right)}".strip()
+        peak = model.label(window[self.peak]).strip() if window[self.peak] >= 0 else ""
+        return f"{model.text_of(left)} [{peak}] {model.text_of(right).lstrip()}".strip()
 
 
 CONTEXT = (10, 5)  # tokens kept before and after a peak
@@ -150,6 +159,7 @@ def contexts(
         batch: Windows at a time.
     """
     hook = hook_of(sae, hook)
+    check_scheme(sae, f"the SAE at {hook}")
     found = ContextTally.empty(sae.cfg.d_sae, n)
     for _, some, seen in observed(model, Windows.of(model, dataset), [hook], batch):
         found.add(some, sae.encode(seen[hook].to(sae.W_dec)))

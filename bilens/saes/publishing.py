@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from bilens.models.checkpoints import GENERATION
 from bilens.models.checkpoints import save as save_model
 from bilens.models.exporting import as_llama
 from bilens.models.files import atomic_write, fingerprint
 from bilens.models.modelcards import Facts, model_card, table
+from bilens.models.tokenization import TOKENIZER_FILES
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts
 
@@ -28,7 +30,7 @@ from .stored import FOLDER, LENS_FILES, as_inference, save
 if TYPE_CHECKING:
     from .stored import SAE
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+MODEL_FILES = ("config.json", GENERATION, *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True, eq=False)

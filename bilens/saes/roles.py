@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bilens.models.texts import Texts, list_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows
 
@@ -276,14 +277,13 @@ class Roles:
 
 def _vocabulary(model: BilinearTransformer) -> list[tuple[str, bool]]:
     """Return each token's lower-case text, and whether it goes on with a word: WordPiece, or marks of a space."""
-    tokens = [model.tokenizer.id_to_token(i) or "" for i in range(model.cfg.d_vocab)]
-    marker = next((mark for mark in "Ġ▁" if f"{mark}the" in tokens), None)
-    if marker is None:
+    tokens = model.labels(range(model.cfg.d_vocab))
+    if " the" not in tokens:
         return [(token.removeprefix("##").lower(), token.startswith("##") and token != "##") for token in tokens]
-    return [(token.removeprefix(marker).lower(), token[:1].isalpha() and token[:1] != marker) for token in tokens]
+    return [(token.removeprefix(" ").lower(), token[:1].isalpha()) for token in tokens]
 
 
-def names_of(texts: Iterable[str], least: int = 3, odds: float = 4.0) -> frozenset[str]:
+def names_of(texts: Texts, least: int = 3, odds: float = 4.0) -> frozenset[str]:
     """Return the words, in lower case, that texts write with a capital within sentences.
 
     Args:
@@ -292,7 +292,7 @@ def names_of(texts: Iterable[str], least: int = 3, odds: float = 4.0) -> frozens
         odds: How much more often than without a capital.
     """
     capital, small = Counter(), Counter()
-    for text in texts:
+    for text in list_of(texts):
         capital.update(word.lower() for word in re.findall(r"(?<=[a-z,;] )[A-Z][a-z]+\b", text))
         small.update(re.findall(r"\b[a-z]+\b", text))
     return frozenset(word for word, n in capital.items() if n >= least and n > odds * small[word])

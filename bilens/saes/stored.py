@@ -34,6 +34,39 @@ POINTS = {  # names of the published layout, and what they are called here
 }
 
 
+class UnitTopKSAE(TopKSAE):
+    """SAELens' top-k SAE, whose decoder rows are known to have norm 1 up to the rounding of its weights.
+
+    So its norms may be folded, which SAELens otherwise refuses a top-k SAE: a feature changes by that rounding.
+    """
+
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Make the norm of each decoder row exactly 1, and multiply the encoder's by what it was.
+
+        Raises:
+            NotImplementedError: A norm is not 1 any more.
+        """
+        if _is_unit(self.W_dec):
+            SAE.fold_W_dec_norm(self)
+        else:
+            super().fold_W_dec_norm()
+
+
+def unit_rows(sae: SAE) -> SAE:
+    """Return a top-k SAE with unit decoder rows as one whose norms may be folded, any other as it is."""
+    if type(sae) is not TopKSAE or sae.cfg.rescale_acts_by_decoder_norm or not _is_unit(sae.W_dec):
+        return sae
+    with torch.random.fork_rng(devices=[]):  # SAELens draws weights, which are overwritten
+        made = UnitTopKSAE(sae.cfg)
+    made.load_state_dict(sae.state_dict())
+    return made
+
+
+def _is_unit(rows: Tensor) -> bool:
+    return bool((rows.detach().norm(dim=-1) - 1).abs().max() < 2**-7)  # bfloat16 has eight bits
+
+
 class SignedTopK(nn.Module):
     """Keep the k largest entries, whatever their sign: no ReLU, as in the published SAEs."""
 
@@ -165,7 +198,7 @@ def load(name: str | Path, hook: str, *, revision: str | None = None) -> SAE:
         FileNotFoundError: No such place, or no SAE of that hook point in it.
     """
     folder = sae_folder(name, hook, revision=revision)
-    return SAE.load_from_disk(folder, device="cpu").eval()
+    return unit_rows(SAE.load_from_disk(folder, device="cpu")).eval()
 
 
 def sae_folder(name: str | Path, hook: str, files: Sequence[str] = LENS_FILES, *, revision: str | None = None) -> Path:

@@ -38,6 +38,7 @@ class Plan:
         one_row = 3 * 4 * hidden * d
         one_matrix = 4 * d * d
         one_output = 4 * d * d + (2 + packed) * d * d * item + n_in * (d * item + 40)
+        one_output += 0 if wanted.features is None else 12 * n_in
         one_tile = n_in * (item + 100)
         least = fixed + candidates + one_row + one_matrix + one_output + one_tile
         if memory < least:

@@ -23,9 +23,11 @@ from .records import Record
 from .scaled import Scaled
 from .screening import run
 from .search import Search, Wanted
-from .sharding import check_group, gather, of_the_first, share, share_tally
+from .sharding import check_group, gather, of_the_first, share, share_findings
 from .state import State
 from .tables import sliced
+
+_COLUMNS = ("out", "left", "right", "value")
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,8 +55,9 @@ class Interactions(Record, rows="k", names={"out": "out", "left": "inp", "right"
 
     It unpacks into its four columns, `out, left, right, value = found`; its rows are the pairs: `len(found)` of them,
     `found[:5]` the five strongest, `found[0]` the numbers of one. Beside them `certificate`, and `per_output`, the m
-    strongest of each output feature one feature after the other, where they were asked for; both stay through slices
-    and `_replace`, and so do names: `found.named(lens.name)` has them beside the numbers of the features.
+    strongest of each output feature one feature after the other, and `features`, the input features of each with the
+    largest coefficient with any, where they were asked for; all stay through slices and `_replace`, and so do names:
+    `found.named(lens.name)` has them beside the numbers of the features.
     """
 
     out: Int[Tensor, " k"]
@@ -64,6 +67,7 @@ class Interactions(Record, rows="k", names={"out": "out", "left": "inp", "right"
     certificate: Certificate | None = None
     per_output: "Interactions | None" = None
     name: Callable[[str, int], str] | None = None  # of a feature, by its side and number
+    features: Int[Tensor, "n_out most"] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.out, self.left, self.right, self.value))
@@ -77,7 +81,7 @@ class Interactions(Record, rows="k", names={"out": "out", "left": "inp", "right"
 
     def to_dict(self) -> dict[str, list[int] | list[float]]:
         """Return the columns by name, in numbers that JSON knows."""
-        return {name: part.tolist() for name, part in zip(("out", "left", "right", "value"), self, strict=True)}
+        return {name: part.tolist() for name, part in zip(_COLUMNS, self, strict=True)}
 
     def __repr__(self) -> str:
         if not len(self):
@@ -94,6 +98,7 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
     inp: Float[Tensor, "n_in inp"] | None = None,
     *,
     per_output: int | None = None,
+    features: int | None = None,
     exclude_self: bool = False,
     memory: int = 1 << 30,
     progress: bool = False,
@@ -118,6 +123,8 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
         out: Readers, one output feature per row; `None` for the output basis itself.
         inp: Writers, one input feature per row; `None` for the input basis itself.
         per_output: Find also the strongest `per_output` of each output feature: `.per_output` of the result.
+        features: Find also so many input features of each output feature, those whose largest coefficient with any
+            (and with themselves) is largest, as float32 tells them, ties by index: `.features` of the result.
         exclude_self: Leave out `i = j`.
         memory: Bytes that may be allocated beyond the arguments and the result.
         progress: Show a progress bar.
@@ -133,37 +140,41 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
         stands for it. Values are float64 for float64 inputs, else float32.
 
     Raises:
-        ValueError: `k` or `per_output` below 1, a basis of another width, NaN or infinite weights, `memory` too small,
-            a process group that cannot hold the tensors, or a checkpoint of another search.
+        ValueError: `k`, `per_output` or `features` below 1, a basis of another width, NaN or infinite weights,
+            `memory` too small, a process group that cannot hold the tensors, or a checkpoint of another search.
         RuntimeError: The device's products are less exact than the bound grants them.
 
     Cost: per output feature `n_in² · inp` floating-point operations in the screening dtype (half of each symmetric
     matrix), `2 n_in · inp²` for `A`, and its matrix.
     """
-    _check(B, k, out, inp, per_output, screen)
+    _check(B, {"k": k, "per_output": per_output, "features": features}, out, inp, screen)
     device, rates = B.down.device, None
     if group is not None:
         check_group(group, device)
     if screen is None:
         rates = product_rates(device) if group is None else of_the_first(product_rates(device), group, device)
         screen = fastest(rates)
-    wanted = Wanted(k, per_output, exclude_self)
-    search = Search(Scaled.of(B, out, inp, screen), Coefficients(B, out, inp, memory), wanted)
+    layer = Scaled.of(B, out, inp, screen)
+    chosen = None if features is None else layer.features.new_full((layer.n_out, min(features, layer.n_in)), -1)
+    wanted = Wanted(k, per_output, exclude_self, features)
+    search = Search(layer, Coefficients(B, out, inp, memory), wanted, features=chosen)
     shard = range(search.layer.n_out) if group is None else share(search.layer.n_out, group)
     state = None if checkpoint is None else State(Path(checkpoint), search, shard, group)
     pools = run(search, shard, memory, progress, state)
     if group is not None:
         pools = {name: gather(pool, group) for name, pool in pools.items()}
-        share_tally(search, group)
+        share_findings(search, group)
     found = {name: Interactions(*search.ranked(pool, name)) for name, pool in pools.items()}
     screened = search.layer.n_out * search.n_pairs
     certificate = Certificate(screened, **search.tally, dtype=screen, rates=rates)
-    return replace(found["all"], certificate=certificate, per_output=found.get("each"))
+    return replace(found["all"], certificate=certificate, per_output=found.get("each"), features=chosen)
 
 
-def _check(B: BilinearTensor, k: int, out: Tensor | None, inp: Tensor | None, per_output: int | None, screen) -> None:
+def _check(
+    B: BilinearTensor, counts: dict[str, int | None], out: Tensor | None, inp: Tensor | None, screen: torch.dtype | None
+) -> None:
     """Refuse what would fail later and say less, or be ranked as if it were a number."""
-    for name, number in (("k", k), ("per_output", per_output)):
+    for name, number in counts.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     width = B.inp - B.constant

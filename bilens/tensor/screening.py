@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -100,6 +100,8 @@ class Block:
         torch.mm(self.layer.writers[:others], across.view(d, -1), out=self.A[:others].flatten(1))
         self.A[others:] = across[: self.n_base]
         self.slack = self.row_bounds(M_norm, M_largest, M_error)
+        # of each feature, for which they are asked for: the largest half of its coefficients
+        self.largest = None if search.features is None else M.new_zeros(self.n, n_in)
 
     def row_bounds(self, M_norm: Tensor, M_largest: Tensor, M_error: Tensor) -> Float[Tensor, "n_in n"]:
         """Bound `|A Dᵀ - Ã D̃ᵀ|` in each row of A, by Cauchy-Schwarz.
@@ -145,9 +147,30 @@ class Block:
             corner.diagonal(start - origin).fill_(0.0 if exclude_self else 0.5)
             S.view(stop - start, self.n, -1)[:, :, : stop - origin].mul_(corner[:, None])
             highest = S.view(bits).amax(1).view(layer.dtype).float().view(-1, self.n)
+            if self.largest is not None:
+                across = S.view(bits).view(stop - start, self.n, -1).amax(0).view(layer.dtype).float()
+                for columns, found in ((slice(start, stop), highest.T), (slice(origin, n_in), across)):
+                    self.largest[:, columns] = torch.maximum(self.largest[:, columns], found)
             for name in self.pools:
                 self._collect(name, S, highest, start, origin, plan.look)
+        if self.largest is not None:
+            self.search.features[self.first : self.first + self.n] = self._strongest_features()
         return {name: self._prune(name) for name in self.pools}
+
+    def _strongest_features(self) -> Int[Tensor, "n most"]:
+        """Return the features with the largest coefficients, computed again in float32 where they may be among them."""
+        layer, most = self.layer, self.search.features.shape[1]
+        largest = self.largest[:, layer.features.argsort()]
+        if layer.dtype != torch.float32:
+            off = layer.roundoff * largest + self.slack.amax(0)[:, None]
+            least = (largest - off).topk(most).values[:, -1:]
+            for number, some in enumerate(largest + off >= least):
+                rows = (layer.fine_writers[some] @ self.M[number] @ layer.fine_writers.T).abs_()
+                rows[:, some] = torch.maximum(rows[:, some], rows[:, some].T)  # the two of a pair tie
+                own = torch.arange(len(rows), device=rows.device), some.nonzero()[:, 0]
+                rows[own] *= 0.0 if self.search.wanted.exclude_self else 0.5
+                largest[number] = torch.where(some, 0.0, -1.0).masked_scatter(some, rows.amax(1))
+        return largest.argsort(dim=1, descending=True, stable=True)[:, :most]
 
     def _multiply(self, A: Tensor, origin: int, out: Tensor) -> None:
         """Multiply rows of A by the writers from `origin` on, of which the unit vectors at the end need no product."""

@@ -40,6 +40,7 @@ class Wanted:
     k: int
     per_output: int | None
     exclude_self: bool
+    features: int | None = None  # of each output feature, those with the largest coefficient
 
     def count(self, name: str) -> int:
         """Return how many are wanted in the pool `all`, or of each output feature in the pool `each`."""
@@ -58,6 +59,7 @@ class Search:
     coefficients: Exact
     wanted: Wanted
     tally: dict = field(default_factory=lambda: {"verified": 0, "bound": 0.0, "error": 0.0})
+    features: Tensor | None = None  # [n_out, most], -1 for output features that were not screened yet
 
     @property
     def n_pairs(self) -> int:

@@ -42,8 +42,10 @@ def gather(pool: Pool, group: "dist.ProcessGroup") -> Pool:
     return replace(pool, **parts)
 
 
-def share_tally(search: Search, group: "dist.ProcessGroup") -> None:
-    """Put together what the ranks verified: the sum of the counts, the largest bound and error."""
+def share_findings(search: Search, group: "dist.ProcessGroup") -> None:
+    """Put together what the ranks chose and verified: the sum of the counts, the largest bound and error."""
+    if search.features is not None:  # -1 where another rank has screened
+        dist.all_reduce(search.features, dist.ReduceOp.MAX, group=group)
     mine = torch.tensor(list(search.tally.values()), dtype=torch.float64, device=search.layer.device)
     every = _of_all(mine, group)
     verified, (_, bound, error) = int(every[:, 0].sum()), every.amax(0).tolist()

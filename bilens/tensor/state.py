@@ -44,6 +44,8 @@ class State:
                 )
             device = self.search.layer.device
             found = {n: Pool(**{part: file.get_tensor(f"{n}.{part}").to(device) for part in PARTS}) for n in pools}
+            if self.search.features is not None:
+                self.search.features.copy_(file.get_tensor("features"))
         return int(about["next"]), found
 
     def due(self) -> bool:
@@ -54,6 +56,8 @@ class State:
         """Write the state so that a kill at any time leaves the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}.{name}": part for n, pool in pools.items() for name, part in pool.parts().items()}
+        if self.search.features is not None:
+            tensors["features"] = self.search.features
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         save_file(tensors, partial, {"fingerprint": self.fingerprint, "next": str(following)})
         os.replace(partial, self.path)

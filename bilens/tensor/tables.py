@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, get_args, get_origin
+from types import UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def fields_of(record: Any) -> dict[str, Any]:
 
 def axis_of(annotation: Any, axis: str) -> int | None:
     """Return which axis of an annotated tensor has a name, counted from the end behind axes of any number."""
-    for one in (annotation, *get_args(annotation)):
+    for one in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
         dims = [dim.strip("#?") for dim in getattr(one, "dim_str", "").split()]
         if axis in dims:
             index = dims.index(axis)
