@@ -31,6 +31,7 @@ HOMES = {  # third parties that stay in one place
         *(f"models.{room}" for room in ("lensnames", "mlp", "transformer")),
         "images.classifiers",
     },
+    "transformers": {"models.tokenization", "models.text", "models.generation"},
     "sae_lens": {"saes.arrays", "saes.stored", "saes.fitting"},
     "huggingface_hub": {"models.sources", "saes.listing"},
     "plotly": {

@@ -26,9 +26,12 @@ from . import projections as projections
 from . import published as published
 from . import ropes as ropes
 from . import rotary as rotary
+from . import sampling as sampling
 from . import schedules as schedules
 from . import selftest as selftest
 from . import sources as sources
+from . import splicing as splicing
 from . import text as text
+from . import tokenization as tokenization
 from . import transformer as transformer
 from . import windows as windows

@@ -1,5 +1,6 @@
 """The next token, chosen by its logits."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +20,14 @@ class Sampling:
     generator: torch.Generator | None = None  # torch's default one if `None`
 
     def __post_init__(self):
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, or None, got {self.top_p}")
-        if not self.freq_penalty >= 0:
-            raise ValueError(f"freq_penalty must not be negative, got {self.freq_penalty}")
+        if not 0 <= self.freq_penalty < math.inf:
+            raise ValueError(f"freq_penalty must be finite and not be negative, got {self.freq_penalty}")
 
     def choose(
         self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch all"]

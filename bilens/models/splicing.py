@@ -11,9 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
-from .hooks import HookedModel
+from .hooks import HookedModel, Point
 
 SAE: TypeAlias = nn.Module
 _SAME = (  # other libraries' names of our hook points
@@ -42,7 +41,7 @@ class Splice(nn.Module):
         self.use_error_term, self.excluded = use_error_term, excluded
         for name, point in sae.hook_dict.items():
             setattr(self, name, point)
-        self.hook_sae_error, self.hook_sae_output = HookPoint(), HookPoint()
+        self.hook_sae_error, self.hook_sae_output = Point(), Point()
         self.bypass: Tensor | None = None  # positions that it leaves alone
         self.seen: Tensor | None = None  # what a transcoder reads, which is not where it writes
         self.reads_elsewhere = False

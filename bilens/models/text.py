@@ -89,7 +89,8 @@ class TextInterface:
     def eos_ids(self) -> tuple[int, ...]:
         """Ids at any of which a text ends: the tokenizer's, and those of `generation_config.json` and `config.json`."""
         own = () if self._stored is None else (self.tokenizer.eos_token_id,)
-        return tuple(dict.fromkeys(i for i in (*own, *ids_of("eos", self.generation, self.source)) if i is not None))
+        told = (*own, *ids_of("eos", self.generation, self.source))
+        return tuple(dict.fromkeys(i for i in told if i is not None and i < self.cfg.d_vocab))
 
     @property
     def padding_ids(self) -> tuple[int, ...]:
