@@ -65,6 +65,7 @@ class TextInterface:
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
+        """Take another, or none."""
         if isinstance(tokenizer, Tokenizer):
             tokenizer = StoredTokenizer(tokenizer)
         if not isinstance(tokenizer, StoredTokenizer | None):
