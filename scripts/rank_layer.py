@@ -126,8 +126,8 @@ def main() -> None:
     args = parse_args()
     shared = "WORLD_SIZE" in os.environ
     if shared:
+        args.device = own_device(args.device)
         dist.init_process_group()
-    args.device = own_device(args.device) if shared else args.device
     group = dist.group.WORLD if shared else None
     first = not shared or dist.get_rank() == 0
     model, inp, out = load(args)
