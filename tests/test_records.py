@@ -144,13 +144,13 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         assert tag in {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary", "svg"} | {
-            *("title", "line", "polyline", "img")
+            *("title", "line", "polyline", "img", "br")
         }
-        if tag not in ("img", "line", "polyline"):
+        if tag not in ("img", "line", "polyline", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag not in ("img", "line", "polyline"):
+        if tag not in ("img", "line", "polyline", "br"):
             assert self.open.pop() == tag
 
     def handle_data(self, data):

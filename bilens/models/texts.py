@@ -105,9 +105,12 @@ def stream_of(path: Path) -> Iterable[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: No such file.
+        ValueError: An empty one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} must hold texts, but it is empty")
     import datasets
 
     with contextlib.redirect_stdout(sys.stderr):

@@ -51,7 +51,7 @@ class Windows:
         if not rows:
             raise ValueError("texts must hold at least one text or window of token ids, got none")
         first = next((row for row in rows if row is not None), None)
-        if isinstance(first, int | np.integer):  # one window
+        if isinstance(first, int | np.integer) and not any(isinstance(row, str) for row in rows):  # one window
             rows, first = [rows], rows
         ids = isinstance(first, Sequence | Tensor | np.ndarray) and not isinstance(first, str | bytes)
         return _of_ids(model, rows, length) if ids else _of_texts(model, rows, length)
