@@ -204,7 +204,7 @@ def test_model_and_its_own_tokenizer_load_from_the_hub(hub, model, files):
     assert_same(model, loaded)
     assert loaded.tokenizer.backend_tokenizer.to_str() == model.tokenizer.backend_tokenizer.to_str()
     got = {line.split()[-1] for line in hub.asked}
-    beside = {"generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+    beside = {"generation_config.json", "tokenizer_config.json", "chat_template.jinja"}
     assert got == {"config.json", "model.safetensors", "tokenizer.json"} | beside  # no code and no pickle was asked for
 
 
@@ -309,7 +309,7 @@ def test_second_load_downloads_nothing_and_a_new_state_only_once_it_is_there(hub
     hub.commit(MODEL, files)
     bilens.load(MODEL)
     first = [line for line in hub.asked if line.startswith("GET")]
-    assert len(first) == 3
+    assert len(first) == 4
     assert_same(model, bilens.load(MODEL))
     assert [line for line in hub.asked if line.startswith("GET")] == first
     hub.commit(MODEL, without(files, n_ctx=7))
