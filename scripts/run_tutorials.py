@@ -12,7 +12,6 @@ import argparse
 import ast
 import base64
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -87,7 +86,7 @@ def store(path: Path, page: Any) -> None:
                 count += 1
                 printed, value = run(cell.source, names, f"{path.stem}[{number}]")
                 cell.execution_count, cell.outputs = count, outputs(printed, value, count, page)
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    nbformat.write(notebook, path)
 
 
 def outputs(printed: str, value: Any, count: int, page: Any) -> list[nbformat.NotebookNode]:
