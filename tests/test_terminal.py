@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch):
         (["bilens-mni"], "the embedded model is 'bilens-mini'"),
         (["circuits", "--out", "."], "is a folder"),
         (["circuits", "--resume", "file"], "is a file"),
-        (["attribute", TEXT, *ATTRIBUTE, "--graph", "file/g.json"], "Not a directory"),
+        (["attribute", TEXT, *ATTRIBUTE, "--graph", "file/g.json"], "is a file"),
     ],
 )
 def test_mistakes_are_told_in_a_line_before_any_work(tmp_path, capsys, args, says):
