@@ -14,8 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
-
 if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner; `--help` needs none of them
     import torch
     from rich.console import Console
@@ -126,8 +124,10 @@ class _Completion(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
+    import bilens  # its table of names: nothing else is loaded
+
     parser = _Parser(prog="bilens", description="Circuits of bilinear transformers, from their weights.")
-    parser.add_argument("--version", action="version", version=f"bilens {__version__}")
+    parser.add_argument("--version", action="version", version=f"bilens {bilens.__version__}")
     shells = ("bash", "zsh", "tcsh")
     about = f'print a completion script for {", ".join(shells)}, e.g. eval "$(bilens --completion bash)"'
     parser.add_argument("--completion", action=_Completion, choices=shells, help=about)

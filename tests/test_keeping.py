@@ -29,7 +29,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
             user_path(odd)
 
 
-@pytest.mark.parametrize(("place", "says"), [("folder", "is a folder"), ("file/inner.json", "Not a directory")])
+@pytest.mark.parametrize(("place", "says"), [("folder", "is a folder"), ("file/inner.json", "is a file")])
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, place, says):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()

@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch):
         (["bilens-mni"], "the embedded model is 'bilens-mini'"),
         (["circuits", "--out", "."], "is a folder"),
         (["circuits", "--resume", "file"], "is a file"),
-        (["attribute", TEXT, *ATTRIBUTE, "--graph", "file/g.json"], "Not a directory"),
+        (["attribute", TEXT, *ATTRIBUTE, "--graph", "file/g.json"], "is a file"),
     ],
 )
 def test_mistakes_are_told_in_a_line_before_any_work(tmp_path, capsys, args, says):
@@ -92,4 +92,4 @@ def test_letters_that_the_terminal_does_not_know_are_replaced(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert main(["features", "--layer", "2", "--find", "not"]) == 0
-    assert b"AUROC" in stream.buffer.getvalue()
+    assert b"2.41 % | 0.50 | 0.50 |" in stream.buffer.getvalue()

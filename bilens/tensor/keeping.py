@@ -98,12 +98,15 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     """Return a path that a file can be written to later, its folder made; nothing is written.
 
     Raises:
-        ValueError: A folder of that name is there already.
+        ValueError: A folder of that name is there already, or a file in the place of its folder.
         OSError: The folder cannot be made, or not be written to.
     """
     path = user_path(path)
     if path.is_dir():
         raise ValueError(f"a file must be named to write to, but {path} is a folder")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{path} must lie in a folder to be written, but {there} is a file")
     with atomic_write(path.with_name(f"{path.name[:150]}.probe")) as probe:
         probe.touch()
     path.with_name(f"{path.name[:150]}.probe").unlink()
