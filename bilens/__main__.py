@@ -1,14 +1,18 @@
 """The command line: circuits of a layer, attribution of a prompt, features and their cards, checks of a model."""
 
 import argparse
+import difflib
+import io
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner; `--help` needs none of them
     import torch
@@ -32,30 +36,101 @@ SHOWN = 12  # output features in the report's table of the layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of `bilens circuits`, `attribute`, `features`, `cards` or `check`; alone, the first of them."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
+    """Run one of `bilens circuits`, `attribute`, `features`, `cards` or `check`; alone, the first of them.
+
+    Returns the exit code: 0, 1 for what the library refuses, 130 after Ctrl-C; nobody reading on is no mistake. Letters
+    that the terminal does not know are replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("bilens: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head -1`; what is left in the buffer must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    """Read the arguments, run the command, print what it found."""
+    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help", "--version", "--completion")):
+        if argv and (meant := _mistyped(argv[0])):
+            print(f"bilens: no command is named {argv[0]!r}; did you mean {meant!r}?", file=sys.stderr)
+            return 2
         argv.insert(0, "circuits")
     args = _parser().parse_args(argv)
+    if args.quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    if args.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     from rich.console import Console
 
-    console = Console(stderr=args.json, highlight=False)
+    console = Console(stderr=args.json, highlight=False, quiet=args.quiet)
     try:
         found = COMMANDS[args.command](args, console)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:  # what the library raises for bad input; anything else is a fault of ours
+        if args.verbose:
+            raise
         print(f"bilens: {error}", file=sys.stderr)
         return 1
     if args.json:
         from .circuits.records import plain
 
         print(json.dumps(plain(found), indent=1, allow_nan=False))
+    sys.stdout.flush()
     return 0 if found.get("passed", True) else 1
 
 
+def _mistyped(word: str) -> str | None:
+    """Return the command that a word was meant to be, if it is none and cannot be a model either."""
+    if word.startswith("-") or "/" in word or word == "bilens-mini" or Path(word).is_dir():
+        return None
+    return next(iter(difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.7)), None)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says which option was meant."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse, and remember what was given."""
+        self.given = list(args or ())
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with a message, and the nearest option for each word that is none."""
+        known = self._option_string_actions
+        for word in (word.partition("=")[0] for word in self.given if word.startswith("--")):
+            near = difflib.get_close_matches(word, known, n=1)
+            if near and not any(option.startswith(word) for option in known):
+                message += f"; did you mean {near[0]} for {word}?"
+        super().error(message)
+
+
+class _Completion(argparse.Action):
+    """Print what a shell needs to complete this command's arguments, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
+        import shtab
+
+        print(shtab.complete(parser, values[1]))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bilens", description="Circuits of bilinear transformers, from their weights."
-    )
+    import bilens  # its table of names: nothing else is loaded
+
+    parser = _Parser(prog="bilens", description="Circuits of bilinear transformers, from their weights.")
+    parser.add_argument("--version", action="version", version=f"bilens {bilens.__version__}")
+    shells = ("bash", "zsh", "tcsh")
+    about = f'print a completion script for {", ".join(shells)}, e.g. eval "$(bilens --completion bash)"'
+    parser.add_argument("--completion", action=_Completion, choices=shells, help=about)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser(
         "circuits", help="verdicts, negation, then the circuits of a layer; writes a report (default)"
@@ -75,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     two = commands.add_parser(
         "attribute", help="what makes a feature, or a token's logit, on a text: exactly, by pairs"
     )
-    two.add_argument("text")
+    two.add_argument("text", help="the text; - reads it from standard input")
     two.add_argument("--model", default="bilens-mini")
     two.add_argument("--layer", type=int, required=True)
     two.add_argument("--feature", type=int, help="output feature; or give --token")
@@ -107,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--revision", help="branch, tag or commit of the SAEs' Hub repository")
     for command in (one, two, three, four, five):
         command.add_argument("--json", action="store_true", help="print JSON, and what is for people on stderr")
+        loudness = command.add_mutually_exclusive_group()
+        loudness.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors, and JSON if asked")
+        loudness.add_argument("-v", "--verbose", action="store_true", help="say what is done; errors with their trace")
     for command in (one, two, three, four):
         command.add_argument("--inp", help="name of the SAE before the MLP, if the layer has several")
         command.add_argument("--out-sae", help="name of the SAE behind the MLP, if the layer has several")
@@ -124,6 +202,12 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         import torch
 
         from bilens.circuits.places import check_layer
+        from bilens.tensor.keeping import check_folder, check_writable
+
+        if (out := args.out or (None if args.json else REPORT)) is not None:
+            check_writable(out)  # now rather than when all is done
+        if args.resume is not None:
+            check_folder(args.resume)
 
         model = load_bilinear(args.model)
         if args.layer is not None:
@@ -132,7 +216,7 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     with console.status("loading the SAEs ..."):
         import bilens
         from bilens import circuits
-        from bilens.report import terminal
+        from bilens.report import columns, terminal
 
         layers = chosen_layers(args)
         lenses = {i: load_layer(args, model, i) for i in layers}
@@ -145,7 +229,7 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     n_features, ends = len(lens.readers), "at each end of an MLP"
     if len(lens.writers) != n_features:
         ends = f"behind an MLP, {len(lens.writers)} before it"
-    console.print(f"{args.model}: {model.cfg.n_layers} layers, {n_features} features {ends}")
+    columns.print_line(console, f"{args.model}: {model.cfg.n_layers} layers, {n_features} features {ends}")
     if texts is not None:
         forecast(console, args, lens, texts)
     with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
@@ -176,7 +260,6 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     source = (
         f"{len(dataset)} texts of {args.text}" if args.text else f"{len(dataset)} texts sampled from the model itself"
     )
-    out = args.out or (None if args.json else REPORT)
     if out is not None:
         with console.status("writing the report ..."):
             from bilens import report
@@ -187,7 +270,7 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
                 generator=generator, title=f"{args.model}, layer {lens.layer}",
                 note=f"bilens {bilens.__version__}, seed {args.seed}; predictions tested on {source}.",
             )  # fmt: skip
-        console.print(f"report: {path}  ({time.perf_counter() - began:.0f} s)")
+        columns.print_line(console, f"report: {path}  ({time.perf_counter() - began:.0f} s)")
     about = {"model": args.model, "layer": lens.layer, "seed": args.seed, "text": source, "fdr": found.fdr}
     about["negation"] = None if negation is None else negation.to_dict()
     if couplings is not None:
@@ -303,7 +386,8 @@ def forecast(console: "Console", args: argparse.Namespace, lens: "FeatureLayer",
         n_tokens = int(windows.attend.sum())
         seconds = (time.perf_counter() - began) * n_tokens / int(some.attend.sum())
     cut = f" (the first of {args.text}; --texts for more)" if len(texts) == args.texts else ""
-    console.print(f"{len(texts)} texts{cut}, {n_tokens} tokens: the model will read them in about {seconds:.0f} s")
+    read = f"{len(texts)} texts{cut}, {n_tokens} tokens"
+    console.print(f"{read}: the model will read them in about {seconds:.0f} s", markup=False)
 
 
 def check_counts(args: argparse.Namespace) -> None:
@@ -357,21 +441,37 @@ def run_attribute(args: argparse.Namespace, console: "Console") -> dict[str, Any
     """Attribute an output feature, or a token's logit, at one position."""
     with console.status("loading model and SAEs ..."):
         import bilens
-        from bilens.report import graph, terminal
+        from bilens.report import columns, graph, terminal
+        from bilens.tensor.keeping import check_writable
 
+        if args.graph is not None:
+            args.graph = check_writable(args.graph)
+        text = args.text if args.text != "-" else read_stdin()
         model = load_bilinear(args.model)
         lens = load_layer(args, model, args.layer)
     target = {"feature": args.feature, "token": args.token, "out": None if args.feature is None else lens.out}
     options = {"position": args.position, "label": partial(lens.name, "inp")}
-    found = bilens.attribute(model, args.text, args.layer, inp=lens.inp, **target, **options)
+    found = bilens.attribute(model, text, args.layer, inp=lens.inp, **target, **options)
     terms = found.top(args.k)
     terminal.print_attribution(console, lens, found, args.k)
     if args.graph is not None:
         graph.write_graph(found, args.graph)
-        console.print(f"graph: {args.graph.resolve()}")
+        columns.print_line(console, f"graph: {args.graph.resolve()}")
     named = [{"left": t.left, "right": t.right, "labels": t.labels, "value": t.value} for t in terms]
     sums = {name: value.item() for name, value in found.sums.items()}
     return {"target": found.target.name, "layer": args.layer, "terms": named} | sums
+
+
+def read_stdin() -> str:
+    """Return what is written to the command, without the line's end.
+
+    Raises:
+        ValueError: Nothing is.
+    """
+    text = sys.stdin.read().rstrip("\r\n")
+    if not text.strip():
+        raise ValueError("text must be written to standard input where it is '-', got nothing")
+    return text
 
 
 # -- bilens features --------------------------------------------------------------------------------------------------
@@ -384,12 +484,15 @@ def run_features(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         from bilens import saes
         from bilens.report import terminal
         from bilens.saes.picking import fitting_hooks, pick, stored_cards
+        from bilens.tensor.keeping import check_folder
 
         model = bilens.load(args.model)
         name = args.inp if args.side == "inp" else args.out_sae
         chosen = pick(args.saes or args.model, name, fitting_hooks(args.layer, args.side), args.side, args.revision)
         sae = chosen.load()
         hook = saes.hook_of(sae)
+    if args.folder is not None:
+        check_folder(args.folder)
     if args.text is not None:
         made = saes.collect(model, {hook: sae}, read_rows(args.text), folder=args.folder, label=args.label)[hook]
     else:
@@ -398,6 +501,8 @@ def run_features(args: argparse.Namespace, console: "Console") -> dict[str, Any]
         raise FileNotFoundError(f"{chosen.name} of {chosen.where} has no cards: bilens cards makes them, or --text")
     found = list(choose_cards(made, args.feature, args.find))
     terminal.print_cards(console, made, found)
+    if not found:
+        print(f"no feature at {hook} has {args.find!r} in its name", file=sys.stderr)
     return {"hook": hook, "provenance": made.provenance, "features": found}
 
 
@@ -427,8 +532,11 @@ def run_cards(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
     with console.status("loading model and SAEs ..."):
         import bilens
         from bilens.report import terminal
+        from bilens.report.columns import print_line
         from bilens.saes.shelf import cards_folder, cards_path, keep_cards
+        from bilens.tensor.keeping import check_folder
 
+        check_folder(cards_folder())
         lens = load_layer(args, bilens.load(args.model), args.layer)
     source = f"{args.text}, {args.most} texts"
     made = keep_cards(lens.model, [lens.inp, lens.out], First(args.text, args.most), source, label=args.label)
@@ -436,7 +544,7 @@ def run_cards(args: argparse.Namespace, console: "Console") -> dict[str, Any]:
     for side, cards in zip(("inp", "out"), made, strict=True):
         terminal.print_cards(console, cards, list(choose_cards(cards, None, None, n=5)))
         kept[side] = str(cards_path(lens.model, getattr(lens, side)))
-    console.print(f"kept in {cards_folder()}")
+    print_line(console, f"kept in {cards_folder()}")
     return {"layer": args.layer, "kept": kept, "provenance": [cards.provenance for cards in made]}
 
 
@@ -510,9 +618,11 @@ def read_rows(name: str) -> Iterable[dict[str, Any]]:
     """
     import datasets
 
+    from bilens.tensor.keeping import user_path
+
     from .models.texts import READERS, stream_of
 
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file() or path.suffix in READERS:
         return stream_of(path)
     repository, _, split = name.partition(":")

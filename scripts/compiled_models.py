@@ -10,7 +10,6 @@ terms that they flip ("negation"), or a square ("copy"). A second or two of one 
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from bilens.circuits.compiled import Move, Plan, Product, Shape, compile_plan
 from bilens.circuits.discovery import Discoveries
 from bilens.circuits.layer import FeatureLayer
 from bilens.circuits.trial import Protocol
-from bilens.models.files import atomic_write
+from bilens.tensor.keeping import atomic_write, read_record, write_record
 
 MOTIFS = ("and", "xor", "negation", "copy")
 PART_OF = {  # motifs that an output with a planted one has too: what finds them is no false discovery
@@ -190,13 +189,12 @@ def level(noise: float, tilt: float, args: argparse.Namespace) -> dict:
     options = {"each": args.each, "features": args.features, "null": args.null, "fdr": args.fdr}
     name = "-".join(f"{key}-{value:g}" for key, value in ({"noise": noise, "tilt": tilt} | options).items())
     path = args.out / f"{name}.json"
-    done = json.loads(path.read_text()) if path.exists() else []
+    done = read_record(path).get("models", [])
     stated = (noise, tilt) == (STATED, 0)
     n = args.models if stated or args.beyond is None else args.beyond
     for seed in range(len(done), n):
         done.append(one_model(seed, noise, tilt, args))
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(done))
+        write_record(path, {"models": done})
     counts = sum((Counter(one["counts"]) for one in done), Counter())
     return {"counts": counts, "trials": [one["trial"] for one in done if one["trial"]], "models": len(done)}
 

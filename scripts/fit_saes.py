@@ -9,7 +9,6 @@ Corpora as for `train_language.py`, and the same texts are held out. Kill it at 
 """
 
 import argparse
-import json
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from corpora import is_held_out, read_corpus
 
 import bilens
 from bilens import saes
+from bilens.tensor.keeping import read_record, write_record
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,19 +61,19 @@ def main() -> None:
         saes.Recipe(args.expansion, args.k, int(args.tokens), args.batch, args.lr, args.seed, autocast=True),
     )
     evaluation_file = args.out / "evaluation.json"
-    done = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
+    done = read_record(evaluation_file)
     test = [text for texts in held_out.values() for text in texts[: args.held_out_texts]]
     for hook in fitted:
         if hook not in done:
             done[hook] = finish(model, fitted[hook], args.out / hook, test)
-            evaluation_file.write_text(json.dumps(done, indent=1))
+            write_record(evaluation_file, done)
         if done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
             sae = saes.load(args.out, hook)
             tuning = saes.Tuning(tokens=int(args.finetune_tokens), autocast=True)
             saes.finetune(model, sae, shuffled[: args.texts // 8], tuning=tuning)
             again = finish(model, sae, args.out / hook, test)
             done[hook] = again | {"fine-tuned": int(args.finetune_tokens), "recovered before": done[hook]["recovered"]}
-            evaluation_file.write_text(json.dumps(done, indent=1))
+            write_record(evaluation_file, done)
 
 
 def finish(model: bilens.BilinearTransformer, sae: saes.SAE, folder: Path, test: list[str]) -> dict:

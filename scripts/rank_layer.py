@@ -12,7 +12,6 @@ weights, the SAEs and the table, the arguments and the versions; a folder that w
 import argparse
 import csv
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ import torch.distributed as dist
 import bilens
 from bilens import saes
 from bilens.models.files import atomic_write, fingerprint
+from bilens.tensor.keeping import read_record, write_record
 
 ARGUMENTS = ("layer", "k", "per_output", "exclude_self", "format")
 
@@ -50,6 +50,15 @@ def parse_args() -> argparse.Namespace:
     if (args.scope is None) != (args.inp_sae is None) or (args.scope is None) != (args.out_sae is None):
         parser.error("--scope, --inp-sae and --out-sae go together")
     return args
+
+
+def own_device(name: str) -> str:
+    """Return this process's own of the devices of a machine that its processes share."""
+    if name == "cpu" or ":" in name:
+        return name
+    index = int(os.environ["LOCAL_RANK"])
+    torch.accelerator.set_device_index(index)
+    return f"{name}:{index}"
 
 
 def load(args: argparse.Namespace) -> tuple:
@@ -92,16 +101,10 @@ def differences(one: dict, other: dict) -> list[str]:
 def check_folder(folder: Path, manifest: dict) -> None:
     """Refuse a folder that was begun with other weights, SAEs, arguments or versions."""
     path = folder / "manifest.json"
-    if path.exists() and (found := differences(json.loads(path.read_text()), manifest)):
+    if path.exists() and (found := differences(read_record(path), manifest)):
         raise SystemExit(
             f"{folder} was begun with something else; remove it or name another folder:\n  " + "\n  ".join(found)
         )
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=1))
 
 
 def write_table(path: Path, found: bilens.Interactions) -> str:
@@ -123,6 +126,7 @@ def main() -> None:
     args = parse_args()
     shared = "WORLD_SIZE" in os.environ
     if shared:
+        args.device = own_device(args.device)
         dist.init_process_group()
     group = dist.group.WORLD if shared else None
     first = not shared or dist.get_rank() == 0
@@ -133,7 +137,7 @@ def main() -> None:
         dist.barrier()  # every rank has looked before one writes
     if first:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "manifest.json", manifest)
+        write_record(args.out / "manifest.json", manifest)
     found = bilens.top_interactions(
         model.blocks[args.layer].mlp.tensor().detach(), args.k, out=saes.readers(out), inp=saes.writers(inp),
         per_output=args.per_output, exclude_self=args.exclude_self, memory=int(args.memory * 2**30), progress=first,
@@ -143,7 +147,7 @@ def main() -> None:
         tables = {"pairs": found} | ({} if found.per_output is None else {"per-output": found.per_output})
         hashes = {name: write_table(args.out / f"{name}.{args.format}", table) for name, table in tables.items()}
         certificate = {name: str(value) for name, value in vars(found.certificate).items()}
-        write_json(args.out / "manifest.json", {**manifest, "tables": hashes, "certificate": certificate})
+        write_record(args.out / "manifest.json", {**manifest, "tables": hashes, "certificate": certificate})
         shutil.rmtree(args.out / "state")
         print(f"{found}\n{found.certificate}\n{', '.join(f'{n}.{args.format}' for n in tables)} in {args.out}")
     if shared:

@@ -34,6 +34,7 @@ from train_language import make_optimizers, new_model, optimise, training_step
 
 import bilens
 from bilens.models import annealing
+from bilens.tensor.keeping import read_record, write_record
 
 KINDS = ("bilinear", "reglu", "swiglu")
 NAMES = {"bilinear": "bilinear", "reglu": "ReGLU", "swiglu": "SwiGLU"}
@@ -92,7 +93,7 @@ class Bench:
         self.accelerator = Accelerator(mixed_precision=self.training.precision)
         args.out.mkdir(parents=True, exist_ok=True)
         self.file = args.out / "results.json"
-        self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.results = read_record(self.file)
         self.tokenizer = Tokenizer.from_file(str(args.tokenizer))
         corpora = read_corpora(args.data, self.training.holdout)
         self.digests = {name: corpus.digest for name, corpus in corpora.items()}
@@ -109,7 +110,7 @@ class Bench:
         """Return a result, measured if it is not there yet."""
         if key not in self.results:
             self.results[key] = measure()
-            self.file.write_text(json.dumps(self.results, indent=1))
+            write_record(self.file, self.results)
         return self.results[key]
 
     def train(self, kind: str, seed: int, tokens: float) -> float:

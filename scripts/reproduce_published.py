@@ -27,7 +27,7 @@ from published_page import Row, rows_of, write_page
 from published_studies import STUDIES, Subject
 from tqdm import tqdm
 
-from bilens.models.files import atomic_write
+from bilens.tensor.keeping import read_record, write_record
 
 CORPORA = {"tinystories": "roneneldan/TinyStories:validation", "fineweb": "HuggingFaceFW/fineweb:train"}
 FILES = {".parquet", ".json", ".jsonl", ".txt", ".csv"}
@@ -68,13 +68,10 @@ class Store:
         """Return a result, measured if it is not there yet."""
         path = self.folder / f"{key}.json"
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        if path.exists():
-            stored = json.loads(path.read_text())
-            if stored["hash"] == digest:
-                return stored["result"]
+        if (stored := read_record(path)).get("hash") == digest:
+            return stored["result"]
         result = json.loads(json.dumps(measure()))  # as it will be read
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps({"hash": digest, "about": about, "result": result}))
+        write_record(path, {"hash": digest, "about": about, "result": result})
         return result
 
 

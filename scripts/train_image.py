@@ -19,7 +19,7 @@ from bilens.images import classifiers
 from bilens.images import sets as imagesets
 from bilens.images.classifiers import ImageClassifier, Recipe
 from bilens.images.sets import ImageSet
-from bilens.models.files import atomic_write
+from bilens.tensor.keeping import read_record, write_record
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,8 +42,7 @@ def run(data: str, train: ImageSet, test: ImageSet, out: Path, recipe: Recipe, *
     """Train a classifier into a folder, or load it if the folder already holds this very run."""
     asked = {"data": data, "recipe": asdict(recipe), "shape": shape}
     record_file = out / "record.json"
-    if record_file.exists():
-        done = json.loads(record_file.read_text())
+    if done := read_record(record_file):
         if {key: done.get(key) for key in asked} != asked:
             raise SystemExit(f"--out {out} holds another run: {done.get('recipe')}, {done.get('shape')}")
         return classifiers.load(out, train.x.device)
@@ -58,8 +57,7 @@ def run(data: str, train: ImageSet, test: ImageSet, out: Path, recipe: Recipe, *
         "loss by epoch": [round(loss, 5) for loss in history.loss],
         "noisy train accuracy by epoch": [round(part, 5) for part in history.accuracy],
     }
-    with atomic_write(record_file) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record_file, record)
     (out / "checkpoint.safetensors").unlink()
     return model
 

@@ -18,7 +18,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +27,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from corpora import Ends, Mixture, Windows, held_out_loss, held_out_rows, make_windows, tokenised_corpora
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 import bilens
 from bilens import AttentionConfig, BilinearConfig, BilinearTransformer, MLPConfig
+from bilens.tensor.keeping import atomic_write, read_state, write_state
 
 VERDICT = "verdict :"  # the token after it says how a text judges: see --verdict-weight
 MLPS = {  # kind, activation, hidden width relative to --d-hidden: every kind has the same number of parameters
@@ -244,26 +242,24 @@ class Checkpoint:
         for number, optimizer in enumerate(optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        partial = self.path.with_suffix(".partial")
-        metadata = {"step": str(step), "recent": json.dumps(recent), "fingerprint": self.fingerprint}
-        metadata |= {"stream": windows.state()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
-        os.replace(partial, self.path)
+        about = {"step": step, "recent": recent, "fingerprint": self.fingerprint, "stream": windows.state()}
+        write_state(self.path, tensors, about)
         self.step = step
 
     def load(self, model: BilinearTransformer, optimizers: list, windows: "Windows") -> list[float]:
         """Restore the file if there is one, and `step`, the step to go on with; return the losses."""
         if not self.path.exists():
             return []
-        with safe_open(self.path, "pt") as file:
-            metadata = file.metadata()
-        if metadata["fingerprint"] != self.fingerprint:
+        try:
+            tensors, about = read_state(self.path)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        if about.get("fingerprint") != self.fingerprint:
             raise SystemExit(
                 f"{self.path} belongs to a run with other data or arguments (fingerprint "
-                f"{metadata['fingerprint'][:12]}, this run {self.fingerprint[:12]}): give another --out, or delete it "
+                f"{about.get('fingerprint')!s:.12}, this run {self.fingerprint:.12}): give another --out, or delete it "
                 "to start over"
             )
-        tensors = load_file(self.path)
         state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         model.load_state_dict(({"unembed.weight": state["embed.weight"]} if model.cfg.unembed.tied else {}) | state)
         for number, optimizer in enumerate(optimizers):
@@ -273,9 +269,9 @@ class Checkpoint:
                     _, _, index, name = key.split(".")
                     state.setdefault(int(index), {})[name] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        windows.restore(metadata.get("stream", ""))
-        self.step = int(metadata["step"])
-        return json.loads(metadata["recent"])
+        windows.restore(about["stream"])
+        self.step = about["step"]
+        return about["recent"]
 
     def __str__(self) -> str:
         """Say where the last good weights are."""
@@ -409,8 +405,11 @@ class Log:
         self.path, self.accelerator = path, accelerator
         rows = []
         if path.exists():
-            with path.open() as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
+            try:
+                with path.open() as file:
+                    rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
+                raise SystemExit(f"{path} is damaged: {error!r}; delete it, and the run goes on without it") from error
         self.rows = rows
         self._flush()
 
@@ -434,12 +433,10 @@ class Log:
     def _flush(self) -> None:
         if not self.rows:
             return
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with atomic_write(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0])
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(partial, self.path)
 
 
 def export(folder: Path, model: BilinearTransformer, held_out: dict[str, tuple[Tensor, Tensor]], record: dict) -> None:

@@ -13,6 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores; p
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if "BILENS_DEFAULT_DTYPE" in os.environ:  # a user may have set it, and no result may hang on it
+    torch.set_default_dtype(getattr(torch, os.environ["BILENS_DEFAULT_DTYPE"]))
+
 settings.register_profile("bilens", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("bilens")
 

@@ -26,7 +26,6 @@ class Hub:
     url: str = ""
     large: dict[str, bytes] = field(default_factory=dict)  # what was uploaded beside a commit, by its sha256
     commits: list[dict[str, list[str]]] = field(default_factory=list)  # what each commit added and deleted
-    refuse_commits: bool = False  # answer a commit with an error
 
     def commit(self, repo: str, files: dict[str, bytes], *revisions: str) -> str:
         """Add a state of a repository under a new commit hash, which is returned, and as the named revisions."""
@@ -107,8 +106,6 @@ class Handler(BaseHTTPRequestHandler):
                 for one in json.loads(body)["files"]
             ]
             return self.answer_json({"files": [one | {"shouldIgnore": False} for one in modes]})
-        if hub.refuse_commits:
-            return self.answer_error(403, "Forbidden")
         return self.answer_commit(repo, [json.loads(line) for line in body.splitlines()])
 
     def do_PUT(self):

@@ -227,7 +227,8 @@ def test_every_method_of_the_cache_is_tried():
 def test_a_method_of_the_cache(model, method, caplog):
     caplog.set_level(logging.ERROR)
     _, cache = model.run_with_cache(TOKENS)
-    assert METHODS[method](cache)
+    with torch.enable_grad():  # `toggle_autodiff` switches it for everybody
+        assert METHODS[method](cache)
 
 
 def test_what_a_run_keeps_is_asked_for(model):

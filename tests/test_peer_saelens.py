@@ -84,7 +84,7 @@ def training(folder, **more):
 
 def test_store_of_an_sae_reads_raw_text(model, sae, rows):
     store = ActivationsStore.from_sae(
-        model, sae, rows, store_batch_size_prompts=4, n_batches_in_buffer=4, total_tokens=8
+        model, sae, rows, store_batch_size_prompts=4, n_batches_in_buffer=4, train_batch_size_tokens=16
     )
     tokens = store.get_batch_tokens()
     assert tokens.shape == (4, 16)

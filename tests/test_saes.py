@@ -173,6 +173,12 @@ def test_a_killed_fit_resumes_to_the_same_weights(model, windows, fitted, tmp_pa
     with pytest.raises(KeyboardInterrupt), model.hooks(fwd_hooks=[("hook_embed", kill)]):
         fit(model, windows, tmp_path / "killed")
     assert list((tmp_path / "killed" / "checkpoints").glob("*/complete.json")), "killed before the first checkpoint"
+    for file in (tmp_path / "killed" / "checkpoints").rglob("*.safetensors"):  # a damaged checkpoint is refused
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ValueError, match=r"checkpoints is damaged: .* checksums in .*complete\.json; delete it"):
+            fit(model, windows, tmp_path / "killed")
+        file.write_bytes(whole)
     resumed = fit(model, windows, tmp_path / "killed")
     for hook in HOOKS:
         for name, weight in fitted[0][hook].state_dict().items():

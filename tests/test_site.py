@@ -97,10 +97,8 @@ def test_no_link_is_broken(site, pages):
                 continue
             target = path if not parts.path else (path.parent / unquote(parts.path)).resolve()
             target = target / "index.html" if target.is_dir() else target
-            there = target.is_file() and (
-                not parts.fragment or target.suffix != ".html" or _place(pages, target, parts)
-            )
-            broken += [] if there else [f"{path.relative_to(site)}: {url}"]
+            if not (target.is_file() and _has_place(pages.get(target), unquote(parts.fragment))):
+                broken.append(f"{path.relative_to(site)}: {url}")
     assert not broken, broken[:20]
 
 

@@ -82,6 +82,11 @@ def test_what_holds_no_text_is_named(tmp_path):
     path.write_text('{"text": "the cat"}\n{"text": 7}\n')
     with pytest.raises(ValueError, match=r"numbers\.jsonl must hold strings, got int 7 as text 1, in column 'text'"):
         list(rows_of(path))
+    for suffix in (".txt", ".jsonl", ".csv", ".parquet"):
+        empty = tmp_path / f"empty{suffix}"
+        empty.touch()
+        with pytest.raises(ValueError, match=rf"empty\{suffix} must hold texts, but it is empty"):
+            list(rows_of(empty))
     for texts, message in (
         ({"train": ROWS}, "must have a column 'text', got a mapping of 'train'"),
         ({"text": ["a"], "stars": []}, "columns of one length, 1, got another for 'stars'"),

@@ -179,6 +179,7 @@ def test_errors_name_what_it_was(model, make_model):
     refused(["the", 3.5], r"must hold strings, got float 3\.5 as text 1")
     refused([None, "the", float("nan")], "got float nan as text 2")
     refused([{"text": "the"}, {"text": 7}], "got int 7 as text 1")
+    refused([3, "the"], "must hold strings, got int 3 as text 0")
     refused(["the", b"cat"], "got bytes b'cat' as text 1")
     refused([{"text": "the"}, {"body": "the"}], "must have a column 'text', got 'body' in row 1")
     refused({"body": ["the"]}, "must have a column 'text', got a mapping of 'body'")

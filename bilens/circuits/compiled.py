@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bilens.models.attention import AttentionConfig
 from bilens.models.checkpoints import save
-from bilens.models.files import atomic_write
 from bilens.models.mlp import MLPConfig
 from bilens.models.transformer import BilinearConfig, BilinearTransformer
+from bilens.tensor.keeping import atomic_write, user_path
 from bilens.tensor.records import Record, Rows, tabular
 
 SPECIAL = ("[UNK]", "[BOS]", "[EOS]")
@@ -162,10 +162,11 @@ class Compiled(Record):
 
     def save(self, folder: str | Path) -> None:
         """Write `model` in the published format and, beside it, `scope` in the layout of the published SAEs."""
-        save(self.model, Path(folder) / "model")
+        folder = user_path(folder)
+        save(self.model, folder / "model")
         shape = self.plan.shape
         for name, point, directions in zip(shape.names, (shape.point, "mlp-out"), (self.inp, self.out), strict=True):
-            write_scope(Path(folder) / "scope" / name, (point, shape.layer), directions, shape.k)
+            write_scope(folder / "scope" / name, (point, shape.layer), directions, shape.k)
 
 
 def compile_plan(plan: Plan, *, generator: torch.Generator) -> Compiled:

@@ -151,7 +151,7 @@ def _other_features(
     free[right.features] = False
     pool = free.nonzero()[:, 0]
     picks = torch.stack([pool[torch.randperm(len(pool), generator=generator)[: len(a)]] for _ in range(n)])
-    weights = torch.zeros(n, n_features).scatter_(1, picks, a.cpu().float().expand(n, -1))
+    weights = torch.zeros(n, n_features, dtype=torch.float32).scatter_(1, picks, a.cpu().float().expand(n, -1))
     return against @ weights.to(against).T
 
 

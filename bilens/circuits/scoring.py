@@ -93,8 +93,8 @@ class Scoring:
     ) -> Iterator[tuple[Float[Tensor, "some motif"], Strongest, Ends | None]]:
         """Score directions of the layer, a chunk at a time; the spectra's ends where outliers are asked for."""
         n, d = self.writers.shape
-        m = min(self.features, n)
-        for which in torch.arange(len(readers)).split(max(1, min(64, NUMBERS // max(n * d, self.B.hidden * d)))):
+        m, together = min(self.features, n), max(1, min(64, NUMBERS // max(n * d, self.B.hidden * d)))
+        for which in torch.arange(len(readers), device=readers.device).split(together):
             M, found = self.shared.strongest(readers[which], m, None if known is None else known[which])
             ends = Ends(*two_strongest(M)) if "outlier" in motifs else None
             yield self.score(M, self.writers, found, motifs, ends), found, ends

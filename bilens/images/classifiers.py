@@ -11,14 +11,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bilens.models.files import atomic_write
+from bilens.models.checkpoints import check_device
 from bilens.models.hooks import Hooked, Point
+from bilens.models.layouts import Keys
 from bilens.models.sources import CheckpointError, read_json, read_safetensors
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.keeping import atomic_write, damaged, is_file, read_state, user_path, write_state
 from bilens.tensor.records import Record
 
 from .sets import ImageSet
@@ -189,7 +191,7 @@ class ImageClassifier(Hooked):
 
 def save(model: ImageClassifier, folder: str | os.PathLike[str]) -> None:
     """Write `config.json` and `model.safetensors`; loading them again is bit-identical."""
-    folder = Path(folder)
+    folder = user_path(folder)
     with atomic_write(folder / "model.safetensors") as path:
         save_file({name: part.contiguous() for name, part in model.state_dict().items()}, path)
     with atomic_write(folder / "config.json") as path:
@@ -204,16 +206,26 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
         CheckpointError: A key or tensor is missing, unknown, misshapen or not finite, says which; or tensors of
             several dtypes.
     """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no file {folder / name}")
+    folder = user_path(folder)
+    check_device(device)
     config = read_json(folder / "config.json")
     known = {field.name for field in fields(ClassifierConfig)}
     if set(config) != known:
         raise CheckpointError(f"{folder / 'config.json'} must have the keys {sorted(known)}, got {sorted(config)}")
-    model = ImageClassifier(ClassifierConfig(**config))
-    expected, found = model.state_dict(), dict(read_safetensors(folder / "model.safetensors"))
+    read = Keys(config, folder / "config.json")
+    sizes = {name: read.size(name) for name in ("height", "width", "n_classes", "d_hidden", "n_layers")}
+    cfg = ClassifierConfig(**sizes, bias=read.flag("bias", False), residual=read.flag("residual", False))
+    found = dict(read_safetensors(folder / "model.safetensors"))
+    shapes = {"embed.weight": [cfg.d_hidden, cfg.pixels], "head.weight": [cfg.n_classes, cfg.d_hidden]}
+    for name, shape in shapes.items():
+        got = list(found[name].shape) if name in found else "no such tensor"
+        if got != shape:
+            raise CheckpointError(f"{name} in {folder / 'model.safetensors'} must be {shape}, got {got}")
+    if cfg.n_layers > len(found):
+        raise CheckpointError(f"{read.path}: n_layers must be that of the {len(found)} tensors, got {cfg.n_layers}")
+    with torch.device("meta"):  # sizes that are not those of the tensors must cost nothing
+        model = ImageClassifier(cfg)
+    expected = model.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         shapes = [list(group[name].shape) if name in group else "no such tensor" for group in (expected, found)]
         if shapes[0] != shapes[1]:
@@ -224,7 +236,7 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         got = ", ".join(sorted(map(str, dtypes)))
         raise CheckpointError(f"tensors in {folder / 'model.safetensors'} must be of one floating dtype, got {got}")
-    model.to(*dtypes).load_state_dict(found)
+    model.load_state_dict(found, assign=True)
     return model.to(device).eval()
 
 
@@ -382,29 +394,29 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             tensors |= {f"{name}/{key}": part for key, part in self.optimiser.state[parameter].items()}
             tensors[name] = parameter.detach()
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, {"recipe": json.dumps(asdict(self.recipe))})
+        write_state(path, tensors, {"recipe": asdict(self.recipe)})
 
     def resume(self, path: Path) -> None:
         """Go on from what `save` wrote.
 
         Raises:
-            ValueError: The file is of another recipe or of a model of another shape.
+            ValueError: The file is of another recipe or of a model of another shape, or it is damaged.
         """
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            recipe = json.loads((file.metadata() or {}).get("recipe", "null"))
-        if recipe != asdict(self.recipe):
-            raise ValueError(f"checkpoint {path} must be of the recipe {asdict(self.recipe)}, got {recipe}")
-        tensors = load_file(path, device=str(self.images.x.device))
+        tensors, about = read_state(path)
+        if about.get("recipe") != asdict(self.recipe):
+            raise ValueError(
+                f"checkpoint {path} must be of the recipe {asdict(self.recipe)}, got {about.get('recipe')}"
+            )
+        tensors = {name: tensor.to(self.images.x.device) for name, tensor in tensors.items()}
         for name, parameter in self.model.named_parameters():
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise ValueError(f"checkpoint {path} must be of a model {self.model.cfg}, {name} differs")
             parameter.data.copy_(tensors[name])
             keys = [key for key in tensors if key.startswith(f"{name}/")]
             self.optimiser.state[parameter] = {key.rpartition("/")[2]: tensors[key] for key in keys}
-        self.loss, self.accuracy = tensors["loss"].tolist(), tensors["accuracy"].tolist()
+        self.loss, self.accuracy = (tensors[name].tolist() for name in ("loss", "accuracy"))
+        if not len(self.loss) == len(self.accuracy) <= self.recipe.epochs:
+            raise damaged(path, f"{self.recipe.epochs} epochs were asked for, and it has {len(self.loss)}")
         self.seconds = float(tensors["seconds"])
 
 
@@ -441,7 +453,8 @@ def train(  # eight parameters: the shape of the model in four, as in `Classifie
     cfg = ClassifierConfig(images.height, images.width, len(images.names), d_hidden, n_layers, bias, residual)
     model = ImageClassifier(cfg, torch.Generator().manual_seed(recipe.seed)).to(images.x)
     trainer = Trainer(model.train(), images, recipe)
-    if checkpoint is not None and checkpoint.exists():
+    checkpoint = None if checkpoint is None else user_path(checkpoint)
+    if checkpoint is not None and is_file(checkpoint):
         trainer.resume(checkpoint)
     epochs = range(len(trainer.loss), recipe.epochs)
     with tqdm(total=recipe.epochs, initial=epochs.start, unit="epoch", disable=not progress) as bar:

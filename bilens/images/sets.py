@@ -1,6 +1,5 @@
 """Labelled images: scikit-learn's digits offline, MNIST and others from the Hub, or a local npz or idx file."""
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.tensor.keeping import user_path
 from bilens.tensor.records import Record
 from bilens.tensor.tables import Images
 
+from .files import read_idx, read_npz
+
 Split = Literal["train", "test"]
 
+MOST_CLASSES = 100_000  # of labels without names
 HUB = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist"}
 
 
@@ -102,29 +105,47 @@ def load(name: str | Path = "digits", split: Split = "train") -> ImageSet:
 
     Raises:
         FileNotFoundError: No such file, folder or repository.
-        ValueError: An unknown split, or a file that does not hold images and labels.
+        ValueError: An unknown split, or a file that is damaged or does not hold images and labels.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if str(name) == "digits":
         return _digits(split)
-    path = Path(name)
+    path = user_path(name)
     if path.is_dir():
-        x, y = _from_idx(path, split)
-    elif path.suffix == ".npz":
-        x, y = _from_npz(path, split)
+        prefix = {"train": "train", "test": "t10k"}[split]
+        x, y = (read_idx(path, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    elif path.suffix == ".npz" or path.is_file():
+        x, y = read_npz(path, (f"x_{split}", f"y_{split}"))
     else:
         return _from_hub(HUB.get(str(name), str(name)), split)
-    return from_bytes(x, y)
+    try:
+        return from_bytes(x, y)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def from_bytes(x: np.ndarray, y: np.ndarray, names: tuple[str, ...] | None = None) -> ImageSet:
-    """Make a set of images `[n, height, width]` of bytes; classes are named by number unless `names` are given."""
+    """Make a set of images `[n, height, width]` of bytes; classes are named by number unless `names` are given.
+
+    Raises:
+        ValueError: Not bytes, no images, another number of labels, or labels that are no class: negative, fractional,
+            100,000 and more.
+    """
     if x.dtype != np.uint8:
         raise ValueError(f"images must be bytes from 0 to 255, got {x.dtype}")
-    y = torch.from_numpy(y.astype(np.int64))
-    names = tuple(str(i) for i in range(int(y.max()) + 1)) if names is None else names
-    return ImageSet(torch.tensor(x).float() / 255, y, names)
+    if x.ndim != 3 or not x.size:
+        raise ValueError(f"images must have shape [n, height, width], and none of them zero, got {list(x.shape)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"labels must be one for each of the {len(x)} images, got {list(y.shape)}")
+    if y.dtype.kind not in "iuf" or not (y == np.floor(y)).all():  # NaN equals nothing
+        raise ValueError(f"labels must be whole numbers, got {y.dtype} such as {y[:3].tolist()}")
+    low, high = y.min(), y.max()
+    most = MOST_CLASSES if names is None else len(names)
+    if not 0 <= low <= high < most:
+        raise ValueError(f"labels must lie between 0 and {most - 1}, got {low:g} to {high:g}")
+    names = tuple(str(i) for i in range(int(high) + 1)) if names is None else names
+    return ImageSet(torch.tensor(x).float() / 255, torch.from_numpy(y.astype(np.int64)), names)
 
 
 def _digits(split: Split) -> ImageSet:
@@ -138,37 +159,6 @@ def _digits(split: Split) -> ImageSet:
     chosen = (rank % 5 == 4) == (split == "test")
     x = torch.from_numpy(digits.images[chosen] / 16).float()
     return ImageSet(x, torch.from_numpy(digits.target[chosen]), tuple("0123456789"))
-
-
-def _from_npz(path: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    with np.load(path, allow_pickle=False) as arrays:
-        wanted = [f"x_{split}", f"y_{split}"]
-        missing = [key for key in wanted if key not in arrays]
-        if missing:
-            raise ValueError(f"{path} must hold {', '.join(wanted)}, got {', '.join(arrays)}")
-        return arrays[wanted[0]], arrays[wanted[1]]
-
-
-def _from_idx(folder: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    prefix = {"train": "train", "test": "t10k"}[split]
-    return tuple(_read_idx(folder, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-
-
-def _read_idx(folder: Path, stem: str) -> np.ndarray:
-    """Read one idx file: two zero bytes, type 8 (bytes), number of axes, then the sizes and the data."""
-    for path in (folder / stem, folder / f"{stem}.gz"):
-        if path.is_file():
-            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            break
-    else:
-        raise FileNotFoundError(f"no file {stem} or {stem}.gz in {folder}")
-    ndim = data[3] if len(data) > 3 else 0
-    shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
-    if data[:3] != b"\0\0\x08" or not ndim or len(data) != 4 + 4 * ndim + np.prod(shape, dtype=int):
-        raise ValueError(f"{path} must be an idx file of bytes, got header {data[:4]!r} and {len(data)} bytes")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
 def _from_hub(repository: str, split: Split) -> ImageSet:

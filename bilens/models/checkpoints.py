@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bilens.tensor.keeping import atomic_write, user_path
+
 from .archives import find_archive, read_archive
 from .attention_only import AttentionOnly
 from .elriggs import Elriggs
 from .exporting import as_llama
 from .families import FAMILIES
-from .files import atomic_write
 from .layouts import Layout
 from .llama import Llama
 from .modelcards import model_card
@@ -88,14 +89,15 @@ def load(
             an unknown rotary scaling, ...) or contradicts the tensors; a missing, misshapen or non-finite tensor; a
             pickle instead of safetensors; a tokenizer with ids beyond the embedding. Says which file and tensor, what
             was expected and what was found.
-        ValueError: An empty name, a `dtype` that is not floating point, a `revision` of what is not a Hub repository,
-            an override that the format has not, a `checkpoint` that is missing where there are several, or given where
-            a format has none.
+        ValueError: An empty name, a `dtype` that is not floating point, a `device` that is not there, a `revision` of
+            what is not a Hub repository, an override that the format has not, a `checkpoint` that is missing where
+            there are several, or given where a format has none.
     """
     if not str(name):
         raise ValueError(f"name must be {EMBEDDED!r}, a folder or a Hub repository, got an empty string")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(sorted(map(str, DTYPES)))}, got {dtype}")
+    check_device(device)
     source = Source.find(name, revision)
     config_file = source.file("config.json")
     config = read_json(config_file)
@@ -149,7 +151,7 @@ def save(model: BilinearTransformer, folder: str | os.PathLike[str], layout: Lit
         raise ValueError("model is being annealed, which no format can express: bilens.models.annealing.fold it first")
     model = model if layout is None else as_llama(model)
     form = _layout_for(model) if layout is None else Llama(layout)
-    folder = Path(folder)
+    folder = user_path(folder)
     state, config = _state(model, form, folder), form.config(model)
     with ExitStack() as stack:  # which replaces the files once all are written
         written = {name: stack.enter_context(atomic_write(folder / name)) for name in ("config.json", WEIGHTS)}
@@ -164,6 +166,18 @@ def save(model: BilinearTransformer, folder: str | os.PathLike[str], layout: Lit
             card.write_text(model_card(model, str(folder), layout=layout), encoding="utf-8")
     for name in {*TOKENIZER_FILES, GENERATION} - tokenizer - ({GENERATION} if model.generation else set()):
         (folder / name).unlink(missing_ok=True)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Make sure that a device is there.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as many kinds as backends
+        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
 
 
 def _read(
@@ -198,7 +212,7 @@ def _find_tokenizer(
     """Return the tokenizer asked for, else the checkpoint's own, else (on the Hub) the one that its config names."""
     configs = (generation, config)
     if given is not None:
-        path = Path(given).expanduser()
+        path = user_path(given)
         if path.is_file() and path.name != "tokenizer.json":
             return StoredTokenizer(read_tokenizer(path))
         place = Source(str(path), path.parent, None) if path.is_file() else Source.find(given, None)
@@ -260,6 +274,22 @@ class _Stored:
             )
         return len(embedding)
 
+    def check_sizes(self, cfg: BilinearConfig) -> None:
+        """Refuse sizes far beyond what is stored, before anything of such a size is made.
+
+        Smaller contradictions are told tensor by tensor.
+        """
+        total = sum(tensor.numel() for tensor, _ in self.left.values())
+        most = {"layers": len(self.left), "d_model": 64 * total // cfg.d_vocab}
+        found = {"layers": cfg.n_layers, "d_model": cfg.d_model}
+        found |= {"d_hidden": cfg.d_hidden, "heads times their width": cfg.n_heads * cfg.d_head}
+        for name, size in found.items():
+            if size > (limit := most.get(name, 64 * total // cfg.d_model)):
+                raise CheckpointError(
+                    f"{self.config_file}: {name} must be at most {limit}, as {', '.join(self.files)} holds "
+                    f"{len(self.left)} tensors of {total} numbers, got {size}"
+                )
+
     def take(self, name: str, shape: list[int]) -> Tensor:
         """Return the tensor of that name, which must have that shape."""
         tensor, path = self._find(name, str(shape))
@@ -287,6 +317,7 @@ def _build(
     """Build the model that the config describes and fill it with the tensors; both must agree entirely."""
     stored = _Stored(tensors, config_file)
     cfg = layout.shape(config, stored.vocabulary(layout.embedding), config_file)
+    stored.check_sizes(cfg)
     with torch.device("meta"):
         model = BilinearTransformer(cfg, source=config)
     state: dict[str, Tensor] = {}

@@ -58,7 +58,7 @@ def layer_types(read: Keys, n_layers: int, default: Callable[[int], bool]) -> li
     told = read.config.get("layer_types")
     if told is None:
         return [layer for layer in range(n_layers) if default(layer)]
-    if not isinstance(told, list) or len(told) != n_layers or not {*told} <= {FULL, SLIDING}:
+    if not isinstance(told, list) or len(told) != n_layers or any(kind not in (FULL, SLIDING) for kind in told):
         raise CheckpointError(
             f"{read.path}: layer_types must hold {FULL!r} or {SLIDING!r} for each of {n_layers} layers, got {told!r}"
         )

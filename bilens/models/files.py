@@ -1,36 +1,13 @@
-"""Files that are whole or not there, and the fingerprint by which one file refers to the weights of another."""
+"""The fingerprint by which one file refers to the weights of another; files that are whole or not there."""
 
 import hashlib
-import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from uuid import uuid4
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, which becomes `path` at the end of the `with` block.
-
-    A kill or an exception at any time leaves the old file, or none. Missing folders are made. The new file may be read
-    by whom the process' umask lets, also where its writer is stricter (safetensors).
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
-    partial.touch(exist_ok=False)
-    mode = partial.stat().st_mode
-    try:
-        yield partial
-        partial.chmod(mode)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
+from bilens.tensor.keeping import atomic_write  # noqa: F401 - so that a wing finds what it needs of files here
 
 # By module: the state of its tensors when they were hashed, and the hash.
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[list, str]] = weakref.WeakKeyDictionary()
@@ -50,6 +27,32 @@ def fingerprint(module: nn.Module) -> str:
         digest = _digest(tensors)
         _known[module] = state, digest
     return digest
+
+
+def casts(module: nn.Module) -> dict[str, str]:
+    """Return the fingerprints that weights have after a cast that changes them, by the name of the dtype.
+
+    Whoever writes down a fingerprint writes these beside it: weights that were cast are then still known, by their
+    values (`known_as`). Cost: each is a pass over the weights, as the first `fingerprint` is.
+    """
+    tensors, own = module.state_dict(keep_vars=True), fingerprint(module)
+    found = {
+        str(dtype).removeprefix("torch."): _digest({name: one.detach().to(dtype) for name, one in tensors.items()})
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    return {name: digest for name, digest in found.items() if digest != own}
+
+
+def known_as(module: nn.Module, digest: str, cast: Mapping[str, str]) -> str | None:
+    """Return how weights are those of a fingerprint: `""` as they are, else after which cast; None if they are not.
+
+    Args:
+        module: The model or SAE.
+        digest: The `fingerprint` that was written down.
+        cast: The `casts` that were written down beside it; empty where none were.
+    """
+    own = fingerprint(module)
+    return "" if own == digest else next((name for name, other in cast.items() if other == own), None)
 
 
 def _state(name: str, tensor: Tensor) -> tuple | None:

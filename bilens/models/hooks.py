@@ -95,12 +95,19 @@ class Point(HookPoint):
         return self.spliced is not None or bool(self.watched)
 
     def add_hook(self, hook: Callable, *args: Any, **kwargs: Any) -> None:
-        """Add a hook, as transformer_lens does, and remember whether it only reads."""
+        """Add a hook, as transformer_lens does, and remember whether it only reads; interrupted, it leaves none."""
         before = {id(handle) for handle in self.fwd_hooks}
-        super().add_hook(hook, *args, **kwargs)
-        for handle in self.fwd_hooks:
-            if id(handle) not in before:
-                handle.only_reads = getattr(hook, "only_reads", False)
+        torchs = [(hooks, set(hooks)) for hooks in (self._forward_hooks, self._backward_hooks)]
+        try:
+            super().add_hook(hook, *args, **kwargs)
+            for handle in self.fwd_hooks:
+                if id(handle) not in before:
+                    handle.only_reads = getattr(hook, "only_reads", False)
+        except BaseException:
+            for hooks, known in torchs:  # torch may know a hook already that transformer_lens does not yet
+                for key in set(hooks) - known:
+                    del hooks[key]
+            raise
 
     def has_hooks(
         self,

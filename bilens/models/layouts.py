@@ -1,6 +1,5 @@
 """What is common to the families of checkpoints: how a config is read, and what a layout has to say."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,12 @@ UNREAD = {  # written by transformers or by training; without effect on what the
     *("architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "auto_map", "_name_or_path"),
     *("repo", "modifier", "noise", "attn_dropout", "embed_dropout", "mlp_dropout", "resid_dropout"),
 }
+
+
+DEPTHS = ("n_layer", "n_layers", "num_hidden_layers")  # config keys that say how many layers there are
+MOST_LAYERS = 10_000
+LARGEST_SIZE = 2**31 - 1  # of a width, a context, a vocabulary
+LARGEST_NUMBER = 1e30  # of what is no size: beyond it float32 overflows
 
 
 class Layout(ABC):
@@ -124,18 +129,23 @@ class Keys:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            got = repr(value) if key in self.config else "nothing"
-            raise CheckpointError(f"{self.path}: {key} must be a positive integer, got {got}")
+            raise CheckpointError(f"{self.path}: {key} must be a positive integer, got {self._got(key)}")
+        if value > (most := MOST_LAYERS if key in DEPTHS else LARGEST_SIZE):
+            raise CheckpointError(f"{self.path}: {key} must be at most {most}, got {self._got(key)}")
         return value
+
+    def _got(self, key: str) -> str:
+        """Say what a key holds, in a line."""
+        said = repr(self.config[key]) if key in self.config else "nothing"
+        return said if len(said) <= 80 else f"{said[:77]}..."
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a positive finite number; `default`, if there is one, also where the config says null."""
         value = self.config.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            got = repr(value) if key in self.config else "nothing"
-            raise CheckpointError(f"{self.path}: {key} must be a positive number, got {got}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST_NUMBER:
+            raise CheckpointError(f"{self.path}: {key} must be a positive number, got {self._got(key)}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -149,5 +159,5 @@ class Keys:
             if value == choice and type(value) is type(choice):
                 return meaning
         choices = ", ".join(repr(choice) for choice in allowed)
-        got = "nothing" if value is ... else repr(value)
+        got = "nothing" if value is ... else self._got(key)
         raise CheckpointError(f"{self.path}: {key} must be one of {choices}, got {got}")

@@ -109,14 +109,18 @@ class Llama(Layout):
     def claims(cls, config: Mapping[str, Any]) -> bool:
         """Tell whether a config is in transformers' words rather than in those of the published bilinear models."""
         words = {"hidden_size", "num_hidden_layers", "n_embd", "text_config"}
-        return not words.isdisjoint(config) or config.get("model_type") in {*FAMILIES, *OTHERS}
+        return not words.isdisjoint(config) or config.get("model_type") in [*FAMILIES, *OTHERS]
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], path: Path) -> "Llama":
         """Return the layout of a config, or raise with what in it the hooked model cannot represent."""
         kind = config.get("model_type")
-        if kind not in FAMILIES:
-            got = repr(kind) + (f": {OTHERS[kind]}" if kind in OTHERS else "") if "model_type" in config else "nothing"
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            got = (
+                repr(kind) + (f": {OTHERS[kind]}" if kind in list(OTHERS) else "")
+                if "model_type" in config
+                else "nothing"
+            )
             choices = ", ".join(map(repr, FAMILIES))
             raise CheckpointError(f"{path}: model_type must be one of {choices}, got {got}")
         layout = cls(kind)

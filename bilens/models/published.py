@@ -82,6 +82,8 @@ class Published(Layout):
             )
         if self.generation != "2025" and read.size("n_vocab") != d_vocab:
             raise CheckpointError(f"{path}: n_vocab is {read.size('n_vocab')}, but the embedding has {d_vocab} rows")
+        if (told := read.size("vocab_size", d_vocab)) > d_vocab:  # fewer: an embedding may be padded
+            raise CheckpointError(f"{path}: vocab_size is {told}, but the embedding has {d_vocab} rows")
         return shape
 
     def _attention(self, read: Keys, sizes: Mapping[str, int]) -> AttentionConfig:

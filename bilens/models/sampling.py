@@ -41,7 +41,7 @@ class Sampling:
         """
         if not self.do_sample or self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        logits = logits.float() / float(self.temperature)
         if self.freq_penalty:
             there = mask[:, mask.shape[1] - tokens.shape[1] :].to(logits)
             logits = logits - self.freq_penalty * torch.zeros_like(logits).scatter_add_(1, tokens, there)

@@ -65,6 +65,7 @@ class TextInterface:
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
+        """Take another, or none."""
         if isinstance(tokenizer, Tokenizer):
             tokenizer = StoredTokenizer(tokenizer)
         if not isinstance(tokenizer, StoredTokenizer | None):
@@ -89,7 +90,8 @@ class TextInterface:
     def eos_ids(self) -> tuple[int, ...]:
         """Ids at any of which a text ends: the tokenizer's, and those of `generation_config.json` and `config.json`."""
         own = () if self._stored is None else (self.tokenizer.eos_token_id,)
-        return tuple(dict.fromkeys(i for i in (*own, *ids_of("eos", self.generation, self.source)) if i is not None))
+        told = (*own, *ids_of("eos", self.generation, self.source))
+        return tuple(dict.fromkeys(i for i in told if i is not None and i < self.cfg.d_vocab))
 
     @property
     def padding_ids(self) -> tuple[int, ...]:
@@ -153,6 +155,7 @@ class TextInterface:
                 )
         if padding_side not in ("left", "right", None):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        check_unicode(texts)
         rows = []
         for index, row in enumerate(self.token_rows(texts)):
             if prepend_bos is not False and self.has_bos and row[:1] != [self.bos_id]:  # no second one after one spelt
@@ -325,3 +328,12 @@ class TextInterface:
         elif is_text(tokens):
             tokens = [self.to_single_token(token) for token in tokens]
         return trained_logit_directions(self, token_ids(tokens, "tokens"))
+
+
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raise a ValueError for a text that is not Unicode (half a surrogate pair), by its number."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"input must hold Unicode, but text {index} does not: {error}") from None

@@ -1,6 +1,7 @@
 """Texts from wherever they are: strings, columns, rows, streams, data frames, files. Their one reader."""
 
 import contextlib
+import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -104,14 +105,17 @@ def stream_of(path: Path) -> Iterable[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: No such file.
+        ValueError: An empty one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} must hold texts, but it is empty")
     import datasets
 
     with contextlib.redirect_stdout(sys.stderr):
         kind = READERS.get(path.suffix, "text")
-        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
 
 
 def _checked(name: str, rows: Iterable[Any], column: str) -> Iterator[Any]:

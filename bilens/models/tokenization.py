@@ -62,7 +62,10 @@ class StoredTokenizer:
         known = {f"{role}_token": token for role, token in tokens.items() if self._knows(token)}
         kept = {"clean_up_tokenization_spaces": False}
         kept |= {key: self.settings[key] for key in _KEPT if self.settings.get(key) is not None}
-        return PreTrainedTokenizerFast(tokenizer_object=self.backend, **kept, **known)
+        made = PreTrainedTokenizerFast(tokenizer_object=self.backend, **kept, **known)
+        if self.backend.post_processor is None and not {"add_bos_token", "add_eos_token"} & kept.keys():
+            made.backend_tokenizer.post_processor = None  # transformers puts in one that does nothing
+        return made
 
     def _told(self, role: str) -> Iterator[str | None]:
         yield content(self.settings.get(f"{role}_token"))

@@ -108,7 +108,7 @@ class BilinearTransformer(LensNames, Generation):
         self.cfg = replace(self.cfg, device=str(weight.device), dtype=weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BilinearTransformer":
-        """Do what `to`, `cuda`, `double`, ... do; the config then says where the weights are."""
+        """Do what `to` and `double` do; the config then says where the weights are, and their dtype."""
         super()._apply(fn, recurse)
         self._placed()
         return self

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .text import token_ids
+from .text import check_unicode, token_ids
 from .texts import Texts as Texts
 from .texts import rows_of, text_of
 from .transformer import BilinearTransformer
@@ -51,7 +51,7 @@ class Windows:
         if not rows:
             raise ValueError("texts must hold at least one text or window of token ids, got none")
         first = next((row for row in rows if row is not None), None)
-        if isinstance(first, int | np.integer):  # one window
+        if isinstance(first, int | np.integer) and not any(isinstance(row, str) for row in rows):  # one window
             rows, first = [rows], rows
         ids = isinstance(first, Sequence | Tensor | np.ndarray) and not isinstance(first, str | bytes)
         return _of_ids(model, rows, length) if ids else _of_texts(model, rows, length)
@@ -134,6 +134,7 @@ def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | Non
     if not first < length <= model.cfg.n_ctx:
         raise ValueError(f"length must lie between {first + 1} and {model.cfg.n_ctx} (n_ctx), got {length}")
     texts = [text_of(row, index) or "" for index, row in enumerate(rows)]
+    check_unicode(texts)
     start, step = [model.bos_id] if model.has_bos else [], length - first
     pieces, of = [], []
     for index, ids in enumerate(model.token_rows(texts)):

@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 from torch import Tensor
 
-from bilens.tensor.tables import Tabular, is_one, unit_of
+from bilens.tensor.tables import Tabular, is_one, length_of, unit_of
 
 from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, draw, rounded, short
 

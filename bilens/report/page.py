@@ -18,8 +18,8 @@ from bilens.circuits.layer import FeatureLayer
 from bilens.circuits.marks import Marked
 from bilens.circuits.negating import Negation
 from bilens.circuits.spectral import Outliers
-from bilens.models.files import atomic_write
 from bilens.tensor.interactions import Interactions
+from bilens.tensor.keeping import atomic_write, user_path
 
 from . import groups, sections
 from . import negation as first
@@ -85,7 +85,7 @@ def write_report(
     }
     with atomic_write(path) as partial:
         partial.write_text(_page(shown), encoding="utf-8")
-    return Path(path).resolve()
+    return user_path(path).resolve()
 
 
 def _page(shown: dict[str, object]) -> str:

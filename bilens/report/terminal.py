@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from bilens.circuits.attribution import Attribution
 from bilens.circuits.couplings import CouplingTest, NegationCouplings
@@ -16,24 +14,18 @@ from bilens.saes.cards import Card, FeatureCards
 from bilens.tensor.interactions import Interactions
 from bilens.tensor.tables import Tabular
 
+from .columns import print_line, print_table
 
-def _named(console: Console, table: Table, names: Sequence[str], number: str, widest: int = 44) -> None:
-    """Give a table columns for names, which share the room that its one number leaves: numbers are never cut."""
-    width = max(len(number), 9)
-    room = (console.width - width - 3 * (len(names) + 1) - 1) // len(names)
-    for name in names:
-        table.add_column(name, max_width=max(4, min(widest, room)), overflow="ellipsis", no_wrap=True)
-    table.add_column(number, justify="right", no_wrap=True, min_width=width)
+_WIDEST = 44  # characters of a name
 
 
 def _ranked(console: Console, title: str, record: Tabular, shown: Mapping[str, str], number: str, spec: str) -> None:
     """Print a record: some of its columns under other names, and what each row's `value` is."""
-    table, columns = _table(title), record.columns()
-    _named(console, table, tuple(shown.values()), number)
+    columns = record.columns()
     names = zip(*(columns[name] for name in shown), strict=True) if columns else ()
-    for row, value in zip(names, columns.get("value", ()), strict=True):
-        table.add_row(*map(escape, row), f"{float(value):{spec}}")
-    console.print(table)
+    values = columns.get("value", ())
+    rows = [(*map(_short, row), f"{float(value):{spec}}") for row, value in zip(names, values, strict=True)]
+    print_table(console, title, tuple(shown.values()), (number,), rows)
 
 
 def print_ranking(console: Console, lens: FeatureLayer, strongest: Interactions, n: int = 10) -> None:
@@ -47,22 +39,16 @@ def print_findings(console: Console, found: Discoveries, findings: Sequence[Find
     """Print what was found in the output features that the report shows in detail."""
     outs = len({one.out for one in found.found})
     console.print(f"{len(found.found)} motifs in {outs} of {len(found.score)} output features, FDR {found.fdr:g}")
-    table = _table(
-        "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
-    )
-    left = console.width - 62  # what the numbers leave
-    table.add_column("output feature", max_width=min(max(left, 12), 36), overflow="ellipsis", no_wrap=True)
-    table.add_column("motif", no_wrap=True, min_width=8)
-    for name, width in (("q", 7), ("λ₁", 5), ("λ₂", 5), ("r active", 8), ("KL pct.", 7)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    title = "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
+    rows = []
     for one in findings:
         first = one.discoveries[0] if one.discoveries else None
         motif = ("-", "-") if first is None else (first.motif, f"{first.q:.1e}")
         values = [f"{value:+.2f}" for value in one.values[:2].tolist()]
         percentile = "-" if one.tested is None else f"{one.tested.percentile['kl']:.0f}"
         numbers = (*motif, *values, f"{one.prediction.pearson_active:.2f}", percentile)
-        table.add_row(escape(f"{one.feature} {one.label}"), *numbers)
-    console.print(table)
+        rows.append((_short(f"{one.feature} {one.label}", 36), *numbers))
+    print_table(console, title, ("output feature",), ("motif", "q", "λ₁", "λ₂", "r active", "KL pct."), rows)
 
 
 def print_negation(console: Console, found: Negation, n: int = 5) -> None:
@@ -121,21 +107,24 @@ def print_attribution(console: Console, lens: FeatureLayer, found: Attribution, 
     title = f"{target} at {place} {word!r}, layer {found.layer}: pairs that add or take away most"
     _ranked(console, title, found.top(k), {"labels_0": "input feature", "labels_1": "× input feature"}, "adds", "+.4f")
     for name, value in found.sums.items():
-        console.print(f"  {name:18} {value.item():+.5f}", markup=False)
+        print_line(console, f"  {name:18} {value.item():+.5f}")
 
 
 def print_cards(console: Console, made: FeatureCards, found: Sequence[Card]) -> None:
     """Print cards: in full up to three, otherwise a line each."""
     console.print(f"{made!r}", markup=False)
     if len(found) > 3:
-        table = _table("features")
-        for name in ("feature", "active", "promotes", *(escape(f"AUROC {label}") for label in made.labels)):
-            table.add_column(name, max_width=44, overflow="ellipsis", no_wrap=True)
-        for card in found:
-            promoted = ", ".join(list(card.promoted)[:4])
-            told = [f"{value:.2f}" for value in card.auroc.values()]
-            table.add_row(escape(f"{card.feature} {card.name}"), f"{100 * card.density:.2f} %", escape(promoted), *told)
-        console.print(table)
+        rows = [
+            (
+                _short(f"{card.feature} {card.name}"),
+                _short(", ".join(list(card.promoted)[:4])),
+                f"{100 * card.density:.2f} %",
+                *(f"{value:.2f}" for value in card.auroc.values()),
+            )
+            for card in found
+        ]
+        labels = [f"AUROC {label}" for label in made.labels]
+        print_table(console, "features", ("feature", "promotes"), ("active", *labels), rows)
         return
     for card in found:
         told = f"active at {100 * card.density:.2f} % of positions, {card.mean:.2f} on average there"
@@ -149,5 +138,5 @@ def print_cards(console: Console, made: FeatureCards, found: Sequence[Card]) -> 
             console.print(f"    {context}", markup=False)
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left")
+def _short(name: str, most: int = _WIDEST) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"

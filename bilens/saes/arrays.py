@@ -19,6 +19,11 @@ class ArraySAEConfig(SAEConfig):
     activation: str = "identity"
     k: int | None = None  # how many of the largest are kept at each position; all if `None`
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+
     @classmethod
     def architecture(cls) -> str:
         """Return the name SAELens registers the architecture by."""

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from bilens.models.files import atomic_write, fingerprint
+from bilens.models.files import known_as
+from bilens.models.sources import read_json, regular
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.keeping import atomic_write, user_path
 from bilens.tensor.records import Record, tabular
 from bilens.tensor.tables import Made
 
+from .cardfiles import casts_told, read_card_file
 from .naming import WIDEST, Label, label_of, word
 from .peaks import Contexts
 from .rolescores import Role, RoleScores
@@ -64,7 +66,7 @@ class FeatureCards(Record, rows="feature"):
     effects: Float[Tensor, "feature n"]
     auroc: Float[Tensor, "feature label"]
     labels: dict[str, int]  # how many texts have each
-    provenance: dict[str, str]  # hashes of model, SAE and texts, and how many texts
+    provenance: dict[str, str]  # hashes of model (of casts of it too), SAE and texts, and how many texts
     model: BilinearTransformer  # owner of the tokenizer
     roles: RoleScores | None = None  # what text tells of roles, where it was asked
     features: Sequence[int] | None = None  # those of a slice; all if None
@@ -284,12 +286,13 @@ def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
 
     Raises:
         FileNotFoundError: No such file.
+        CheckpointError: It is damaged, or holds what no cards do; it says which tensor.
         ValueError: The cards are of another model.
     """
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["cards"])
-    tensors = load_file(path)
-    if about["provenance"]["model"] != fingerprint(model):
+    path = user_path(path)
+    about, tensors = read_card_file(path, model.cfg.d_vocab)
+    told = about["provenance"]
+    if known_as(model, told["model"], casts_told(told) or _casts_beside(path, told["model"])) is None:
         raise ValueError(f"model must be the one that {path} was made with, but its weights have another hash")
     contexts = Contexts(
         tensors["contexts.tokens"].long(), tensors["contexts.values"].float(), tensors["density"], about["peak"]
@@ -297,5 +300,13 @@ def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
     roles = RoleScores.read(about["roles"], about["positions"], tensors) if "roles" in about else None
     return FeatureCards(
         about["hook"], contexts, tensors["histogram"].long(), tensors["mean"], tensors["tokens"].long(),
-        tensors["effects"].float(), tensors["auroc"], about["labels"], about["provenance"], model, roles,
+        tensors["effects"].float(), tensors["auroc"], about["labels"], told, model, roles,
     )  # fmt: skip
+
+
+def _casts_beside(path: Path, digest: str) -> dict[str, str]:
+    """Return the fingerprints of casts of the model that the SAE beside some cards tells, if it was fitted to it."""
+    config = path.parent / "cfg.json"
+    metadata = read_json(config).get("metadata") if regular(config) else None
+    told = metadata.get("settings") if isinstance(metadata, dict) else None
+    return told.get("casts", {}) if isinstance(told, dict) and told.get("model") == digest else {}

@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bilens.models.sources import EMBEDDED, Source, read_json
+from bilens.models.sources import EMBEDDED, CheckpointError, Source, read_json
+from bilens.tensor.keeping import user_path
 from bilens.tensor.records import Record
 
+from .checks import LENS_FILES
 from .directions import here
 from .listing import list_files
-from .stored import FOLDER, LENS_FILES, SAE, SCOPE_FILES, load_release, load_scope, releases, scope_hook
+from .stored import FOLDER, SAE, SCOPE_FILES, load_folder, load_release, load_scope, releases, scope_hook
 
 _SCOPE = re.compile(r"(?P<layer>\d+)-(?P<point>[a-z-]+?)-x(?P<expansion>\d+)-k(?P<k>\d+)(?:-(?P<tag>.+))?")
 _HOOK = re.compile(r"blocks\.\d+\.(?:ln\d\.|attn\.|mlp\.)?hook_\w+")
@@ -73,7 +75,7 @@ class Stored(Record, tells=("layer", "point")):
         if self.layout == "scope":
             return load_scope(self.where if source.folder is None else source.folder, self.name, revision=self.revision)
         config, _ = (source.file(f"{self.name}/{file}") for file in LENS_FILES)
-        return SAE.load_from_disk(config.parent, device="cpu").eval()
+        return load_folder(config.parent)
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,12 +137,19 @@ def scope_record(where: str, name: str, revision: str | None, size: int | None =
 
 def _lens_record(source: Source, where: str, name: str, size: int | None) -> Stored:
     """Return what the config of an SAE of SAELens says."""
-    config = read_json(source.file(f"{name}/{LENS_FILES[0]}"))
-    about = config | config.get("metadata", {})
+    path = source.file(f"{name}/{LENS_FILES[0]}")
+    config = read_json(path)
+    if not isinstance(metadata := config.get("metadata", {}), dict):
+        raise CheckpointError(f"{path}: metadata must be an object, got {metadata!r:.80}")
+    about = config | metadata
+    for key in ("hook_name", "hook_point", "hook_name_out"):
+        if not isinstance(about.get(key) or "", str):
+            raise CheckpointError(f"{path}: {key} must be text, got {about[key]!r:.80}")
     hook = here(about.get("hook_name") or about.get("hook_point"))
     hook_out = here(about.get("hook_name_out")) or hook
     d_in, d_sae = config.get("d_in"), config.get("d_sae")
-    expansion = d_sae // d_in if d_in and d_sae else None
+    sized = isinstance(d_in, int) and isinstance(d_sae, int) and d_in > 0
+    expansion = d_sae // d_in if sized else None  # what is wrong with it, loading it will say
     known = (config.get("architecture", "standard"), expansion, config.get("k"), None)
     return Stored(where, name, hook, hook_out, *known, size, source.revision, "saelens")
 
@@ -167,7 +176,7 @@ def _source(repo: str | Path, revision: str | None) -> Source:
 
 
 def _is_folder(repo: str | Path) -> bool:
-    return repo == EMBEDDED or Path(repo).expanduser().is_dir() or not isinstance(repo, str)
+    return repo == EMBEDDED or user_path(repo).is_dir() or not isinstance(repo, str)
 
 
 def _natural(name: str) -> list[Any]:

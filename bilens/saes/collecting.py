@@ -4,7 +4,6 @@ It is streamed, so the dataset may be larger than memory, and resumes where it w
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,17 +12,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
-from bilens.models.files import atomic_write, fingerprint
+from bilens.models.files import casts, fingerprint
 from bilens.models.texts import Texts, rows_of, text_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, holds_text, observed
+from bilens.tensor.keeping import damaged, is_file, read_state, user_path, write_state
 
+from .cardfiles import AS
 from .cards import FILE, FeatureCards
 from .directions import check_sae, is_transcoder, reads_at, writes_at
 from .peaks import ContextTally
@@ -87,8 +86,9 @@ def collect(
     tallies = {hook: _Tally.empty(sae, n, model.cfg.d_vocab if roles else None) for hook, sae in saes.items()}
     about |= {hook: f"{fingerprint(sae)} n={n}" for hook, sae in saes.items()}
     run = _Run(about, tallies)
-    state = None if folder is None else Path(folder) / "state.safetensors"
-    if state is not None and state.exists():
+    folder = None if folder is None else user_path(folder)
+    state = None if folder is None else folder / "state.safetensors"
+    if state is not None and is_file(state):
         run.load(state)
     rows, bar = iter(_rows(dataset, text, label)), tqdm(desc="texts", unit="")
     _skip(run, rows, state)
@@ -104,7 +104,7 @@ def collect(
     cards = {hook: _cards(model, saes[hook], hook, tally, run) for hook, tally in tallies.items()}
     if folder is not None:
         for hook, one in cards.items():
-            one.save(Path(folder) / hook / FILE)
+            one.save(folder / hook / FILE)
     return cards
 
 
@@ -169,6 +169,17 @@ class _Tally:
         roles = {} if self.roles is None else self.roles.tensors()
         return contexts | {"histogram": self.histogram, "total": self.total, "scores": scores} | roles
 
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Say what of a stored tally cannot be; None if nothing."""
+        for name, own in self.tensors().items():
+            one, free = tensors.get(name), name == "scores" or name.endswith((".index", ".value"))
+            if one is None or one.dtype != own.dtype or (one.shape[free:] != own.shape[free:]):
+                told = "nothing" if one is None else f"{one.dtype} of shape {list(one.shape)}"
+                return f"{name} must be {own.dtype} of shape {list(own.shape)}, got {told}"
+            if one.is_floating_point() and not one.isfinite().all():
+                return f"{name} must be finite"
+        return None
+
     def restore(self, tensors: Mapping[str, Tensor], positions: int) -> None:
         self.contexts = ContextTally(tensors["tokens"], tensors["values"], tensors["active"], positions)
         self.histogram, self.total, self.scores = tensors["histogram"], tensors["total"], [tensors["scores"]]
@@ -195,22 +206,23 @@ class _Run:
         tensors = {f"{hook}/{key}": t for hook, tally in self.tallies.items() for key, t in tally.tensors().items()}
         about = {"about": self.about, "n_texts": self.n_texts, "digest": self.digest, "labels": self.labels}
         about |= {"positions": self.positions}
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, {"run": json.dumps(about)})
+        write_state(path, tensors, about)
 
     def load(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["run"])
-            if about["about"] != self.about:
-                raise ValueError(
-                    f"folder must be of this run, but {path} is of one with another model, SAEs or arguments: remove "
-                    "it or name another folder"
-                )
-            for hook, tally in self.tallies.items():
-                keys = [key for key in file.keys() if key.startswith(f"{hook}/")]  # noqa: SIM118, it is no dict
-                stored = {key.removeprefix(f"{hook}/"): file.get_tensor(key) for key in keys}
-                tally.restore(stored, about["positions"])
+        tensors, about = read_state(path)
+        if about.get("about") != self.about:
+            raise ValueError(
+                f"folder must be of this run, but {path} is of one with another model, SAEs or arguments: remove "
+                "it or name another folder"
+            )
+        for hook, tally in self.tallies.items():
+            stored = {key.removeprefix(f"{hook}/"): t for key, t in tensors.items() if key.startswith(f"{hook}/")}
+            if (why := tally.flaw(stored)) is not None:
+                raise damaged(path, f"{hook}/{why}")
+            tally.restore(stored, about["positions"])
         self.n_texts, self.digest, self.labels = about["n_texts"], about["digest"], about["labels"]
+        if min(self.n_texts, about["positions"]) < 0:
+            raise damaged(path, f"n_texts and positions must not be negative, got {self.n_texts}, {about['positions']}")
 
 
 def _skip(run: _Run, rows: Iterator[_Text], state: Path | None) -> None:
@@ -264,6 +276,7 @@ def _cards(model: BilinearTransformer, sae: "SAE", hook: str, tally: _Tally, run
             one = torch.tensor([label == name for label in own])
             auroc_[:, i] = auroc(scores[one], scores[~one])
     about = {"model": run.about["model"], "sae": fingerprint(sae), "data": run.digest, "texts": str(run.n_texts)}
+    about |= {f"{AS}{dtype}": digest for dtype, digest in casts(model).items()}
     mean = (tally.total / tally.contexts.active.clamp(min=1)).float()
     scores = None if tally.roles is None else tally.roles.scores(tally.histogram, tally.contexts.positions)
     return FeatureCards(hook, contexts, tally.histogram, mean, tokens, effects, auroc_, labels, about, model, scores)

@@ -1,11 +1,12 @@
 """What the features of an SAE of any kind read and write, and whether an SAE belongs to a model."""
 
+import logging
 from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.models.files import fingerprint
+from bilens.models.files import known_as
 from bilens.models.splicing import own_name
 from bilens.models.transformer import BilinearTransformer
 
@@ -13,6 +14,8 @@ from .scaling import check_scheme
 
 if TYPE_CHECKING:  # sae_lens takes seconds to import, and nothing here needs it
     from .stored import SAE
+
+logger = logging.getLogger(__name__)
 
 Which = Literal["encoder", "decoder"]
 _LINEAR = ("standard", "topk", "abstopk", "jumprelu", "bilens_signed_topk", "bilens_arrays")
@@ -165,7 +168,7 @@ def check_sae(model: BilinearTransformer, sae: "SAE", hook: str, name: str | Non
     Whoever takes an SAE to a model's weights or text asks here.
 
     Args:
-        model: The model; its device and dtype do not matter.
+        model: The model; its device does not matter, nor that it was cast since (values are compared after the cast).
         sae: The SAE.
         hook: The hook point: where it writes, which is where it reads but for a transcoder.
         name: What to call the SAE in errors.
@@ -190,6 +193,11 @@ def check_sae(model: BilinearTransformer, sae: "SAE", hook: str, name: str | Non
     if own not in (None, hook):
         raise ValueError(f"{name} must be one that was fitted at {hook}, got one of {own}")
     check_scheme(sae, name)
-    fitted = (sae.cfg.metadata.settings or {}).get("model")
-    if fitted is not None and fitted != fingerprint(model):
+    told = sae.cfg.metadata.settings or {}
+    if told.get("model") is None:
+        return
+    cast = known_as(model, told["model"], told.get("casts") or {})
+    if cast is None:
         raise ValueError(f"{name} must be one of this model, but it was fitted to one with other weights")
+    if cast:
+        logger.info("%s was fitted to the weights of this model before they were cast to %s", name, cast)

@@ -59,8 +59,8 @@ def evaluate(
         batch: Windows at a time.
 
     Raises:
-        ValueError: A transcoder, which does not stand in for what it reads; an SAE whose input is normalised by what it
-            does not hold.
+        ValueError: No text, or too little for the activations to have a variance; a transcoder, which does not stand in
+            for what it reads; an SAE whose input is normalised by what it does not hold.
     """
     hook = hook_of(sae, hook)
     check_stands(model, sae, hook)
@@ -136,7 +136,10 @@ class _Sums:
 
     @property
     def fvu(self) -> float:
-        return self.errors / (self.squares - self.n * self.mean.pow(2).sum().item())
+        spread = self.squares - self.n * self.mean.pow(2).sum().item()
+        if spread <= 1e-12 * self.squares:
+            raise ValueError(f"dataset must hold activations that differ, got {self.n} positions without variance")
+        return self.errors / spread
 
     @property
     def l0(self) -> float:

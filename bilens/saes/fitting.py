@@ -17,9 +17,11 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
-from bilens.models.files import atomic_write, fingerprint
+from bilens.models.files import casts, fingerprint
+from bilens.models.sources import read_json
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Texts, Windows, observed
+from bilens.tensor.keeping import atomic_write, checksum_of, damaged, user_path
 
 from .kinds import KINDS, finished, untrained
 from .stored import load, save, unit_rows
@@ -139,23 +141,29 @@ def fit(
         raise ValueError("model must be in eval mode (model.eval()), so that its activations are what users see")
     if isinstance(hooks, str) or not hooks:
         raise ValueError(f"hooks must be a list of hook point names, got {hooks!r}")
-    folder, device = Path(folder), model.W_E.device
+    folder, device = user_path(folder), model.W_E.device
     windows = Windows.of(model, dataset)
     stream = ActivationStream(model, windows, hooks, recipe.batch, recipe.seed, chunk=128)
     settings = {"hooks": list(hooks), **asdict(recipe), "model": fingerprint(model), "data": _hash(windows)}
     if all((folder / hook / "cfg.json").exists() for hook in hooks):
         saes = {hook: load(folder, hook).to(device) for hook in hooks}
-        if any({"kind": "topk"} | sae.cfg.metadata.settings != settings for sae in saes.values()):
+        if any(_asked(sae.cfg.metadata.settings) != settings for sae in saes.values()):
             raise ValueError(f"folder {folder} holds SAEs fitted with other data or arguments; give another one")
         return saes
     with torch.random.fork_rng(devices=[]):  # SAELens draws initial weights from torch's own generator
         torch.default_generator.manual_seed(recipe.seed)
         trained = _trainer(model, stream, recipe, settings, folder / "checkpoints", n_checkpoints).fit()
-        saes = {hook: _finish(trained[_key(hook)], model, hook, settings) for hook in hooks}
+        known = settings | {"casts": casts(model)}
+        saes = {hook: _finish(trained[_key(hook)], model, hook, known) for hook in hooks}
     for hook, sae in saes.items():
         save(sae, folder / hook)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return saes
+
+
+def _asked(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what an SAE says of the run that fitted it, without what follows from the model."""
+    return {"kind": "topk"} | {key: value for key, value in (settings or {}).items() if key != "casts"}
 
 
 def _hash(windows: Windows) -> str:
@@ -196,7 +204,7 @@ def _trainer(
 
     def complete(checkpoint_path: Path | None) -> None:
         with atomic_write(checkpoint_path / "complete.json") as path:
-            path.write_text(json.dumps(settings))
+            path.write_text(json.dumps({"settings": settings, "files": _checksums(checkpoint_path)}))
         for older in checkpoints.iterdir():
             if older != checkpoint_path:
                 shutil.rmtree(older)
@@ -205,12 +213,23 @@ def _trainer(
     saved = sorted(checkpoints.glob("*/complete.json"), key=lambda path: int(path.parent.name))
     if not saved:
         _start_at_the_mean(trainer, next(stream()))
-    elif {"kind": "topk"} | json.loads(saved[-1].read_text()) != settings:
-        raise ValueError(f"folder {checkpoints} holds checkpoints of a run with other data or arguments; delete it")
     else:
+        told = read_json(saved[-1])
+        if told.get("settings") != settings:
+            raise ValueError(f"folder {checkpoints} holds checkpoints of a run with other data or arguments; delete it")
+        if told.get("files") != _checksums(saved[-1].parent):
+            raise damaged(checkpoints, f"the files of {saved[-1].parent.name} do not have the checksums in {saved[-1]}")
         _resume(trainer, saved[-1].parent, recipe.batch)
     trainer.data_provider = stream(trainer.n_training_steps)
     return trainer
+
+
+def _checksums(checkpoint: Path) -> dict[str, str]:
+    """Return the checksums of the files of a checkpoint, but for what says that it is complete."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.suffix != ".partial")
+    told = {path.relative_to(checkpoint).as_posix(): checksum_of(path) for path in files}
+    told.pop("complete.json", None)
+    return told
 
 
 def _resume(trainer: MultiSAETrainer, checkpoint: Path, batch: int) -> None:

@@ -137,6 +137,7 @@ class Contexts(Record, rows="feature"):
 
 
 CONTEXT = (10, 5)  # tokens kept before and after a peak
+MOST = 10_000  # contexts of a feature
 
 
 @torch.no_grad()
@@ -178,6 +179,8 @@ class ContextTally:
     @classmethod
     def empty(cls, d_sae: int, n: int) -> "ContextTally":
         """Return the tally of no text, to hold n windows per feature."""
+        if not 1 <= n <= MOST:
+            raise ValueError(f"n must lie between 1 and {MOST} contexts of a feature, got {n}")
         width = sum(CONTEXT) + 1
         tokens, values = torch.full((d_sae, n, width), -1), torch.zeros(d_sae, n, width)
         return cls(tokens, values, torch.zeros(d_sae, dtype=torch.int64))

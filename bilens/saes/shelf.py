@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from bilens.models.files import fingerprint
+from bilens.models.files import fingerprint, known_as
 from bilens.models.transformer import BilinearTransformer
+from bilens.tensor.keeping import user_path
 
+from .cardfiles import casts_told, header
 from .cards import FeatureCards, read_cards
 from .collecting import collect
 from .directions import hook_of
@@ -24,7 +26,7 @@ CACHE = "BILENS_CACHE"  # environment variable that names another folder
 
 def cards_folder() -> Path:
     """Return the folder of the cards in the user's cache; it need not be there."""
-    return Path(os.environ.get(CACHE) or platformdirs.user_cache_dir("bilens", appauthor=False)) / "cards"
+    return user_path(os.environ.get(CACHE) or platformdirs.user_cache_dir("bilens", appauthor=False)) / "cards"
 
 
 def cards_path(model: BilinearTransformer, sae: "SAE") -> Path:
@@ -38,7 +40,15 @@ def cached_cards(model: BilinearTransformer, sae: "SAE") -> FeatureCards | None:
     if not cards_folder().is_dir():  # weights need not be hashed for nothing
         return None
     path = cards_path(model, sae)
+    if not path.exists():
+        path = next((one for one in sorted(cards_folder().glob("*.safetensors")) if _of_cast(one, model, sae)), path)
     return read_cards(path, model) if path.exists() else None
+
+
+def _of_cast(path: Path, model: BilinearTransformer, sae: "SAE") -> bool:
+    """Tell whether cards are of an SAE on what a model was before it was cast."""
+    told = header(path)["provenance"]
+    return told["sae"] == fingerprint(sae) and known_as(model, told["model"], casts_told(told)) is not None
 
 
 def keep_cards(

@@ -15,14 +15,15 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bilens.models.files import atomic_write
-from bilens.models.sources import CheckpointError, Source, read_json, read_safetensors
+from bilens.models.layouts import Keys
+from bilens.models.sources import CheckpointError, Source, read_json, read_safetensors, regular
+from bilens.tensor.keeping import atomic_write, user_path
 
 from .arrays import ArraySAE  # noqa: F401 - SAELens must know the kind to load one
+from .checks import LENS_FILES, check_k, check_lens_folder, check_shapes
 from .listing import list_files
 
 SCOPE_FILES = ("config.json", "model.safetensors")
-LENS_FILES = ("cfg.json", "sae_weights.safetensors")  # of SAELens
 FOLDER = "saes"  # where they lie in the folder or repository of a model
 POINTS = {  # names of the published layout, and what they are called here
     "resid-pre": "hook_resid_pre",
@@ -128,24 +129,23 @@ def load_scope(repo_or_folder: str | Path, name: str, *, revision: str | None = 
             f"{folder / 'config.json'}: normalize must be null, got {config['normalize']}: whether the features are of "
             "activations divided by it is not written down anywhere"
         )
+    read = Keys(config, folder / "config.json")
+    point, layer = _point(read)
     if config.get("target") not in (None, config["point"]):
-        raise CheckpointError(f"{folder / 'config.json'}: target must be null or the point, got {config['target']}")
-    d_in, d_sae = config["d_model"], config["expansion"] * config["d_model"]
+        raise CheckpointError(f"{read.path}: target must be null or the point, got {config['target']}")
+    d_in, d_sae = read.size("d_model"), read.size("expansion") * read.size("d_model")
+    if (k := check_k(read, d_sae)) is None:
+        raise CheckpointError(f"{read.path}: k must lie between 1 and {d_sae}, the number of features, got nothing")
     shapes = {"w_enc.weight": (d_sae, d_in), "w_dec.weight": (d_in, d_sae), "b_dec": (d_in,)}
-    if config.get("encoder_bias", "w_enc.bias" in tensors):
+    if read.flag("encoder_bias", "w_enc.bias" in tensors):
         shapes["w_enc.bias"] = (d_sae,)
-    for key in sorted(shapes.keys() | tensors.keys()):
-        found = tuple(tensors[key].shape) if key in tensors else None
-        if found != shapes.get(key):
-            raise CheckpointError(
-                f"{folder / 'model.safetensors'}: tensor {key} must be "
-                f"{list(shapes[key]) if key in shapes else 'absent'} by its config, got {found and list(found)}"
-            )
-    point, layer = config["point"]
+    check_shapes(tensors, shapes, folder / "model.safetensors")
+    if unknown := sorted(set(tensors) - set(shapes)):
+        raise CheckpointError(f"{folder / 'model.safetensors'}: tensor {unknown[0]} must be absent by its config")
     hook = scope_hook(point, layer)
     metadata = SAEMetadata(model_name=str(repo_or_folder), hook_name=hook, context_size=config.get("n_ctx"))
     with torch.random.fork_rng(devices=[]):  # SAELens draws weights, which are overwritten
-        sae = ScopeSAE(ScopeSAEConfig(d_in=d_in, d_sae=d_sae, k=config["k"], metadata=metadata))
+        sae = ScopeSAE(ScopeSAEConfig(d_in=d_in, d_sae=d_sae, k=k, metadata=metadata))
     zero = torch.zeros(d_sae)
     state = {
         "W_enc": tensors["w_enc.weight"].T.contiguous(),
@@ -155,6 +155,14 @@ def load_scope(repo_or_folder: str | Path, name: str, *, revision: str | None = 
     }
     sae.load_state_dict(state)
     return sae.eval()
+
+
+def _point(read: Keys) -> tuple[str, int]:
+    """Return the point that a config names, and its layer."""
+    match read.config.get("point"):
+        case [str(point), int(layer)] if layer >= 0:
+            return point, layer
+    raise CheckpointError(f"{read.path}: point must be a name and a layer, got {read.config.get('point')!r:.80}")
 
 
 def _scope_folder(repo_or_folder: str | Path, name: str, revision: str | None) -> Path:
@@ -195,10 +203,25 @@ def load(name: str | Path, hook: str, *, revision: str | None = None) -> SAE:
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        FileNotFoundError: No such place, or no SAE of that hook point in it.
+        FileNotFoundError: No such place, or no SAE of that hook point in it; the message lists those there are.
+        CheckpointError: A file of it is damaged: a key or tensor that is missing, misshapen, not finite or not
+            floating point, a `k` beyond the features.
     """
-    folder = sae_folder(name, hook, revision=revision)
-    return unit_rows(SAE.load_from_disk(folder, device="cpu")).eval()
+    return load_folder(sae_folder(name, hook, revision=revision))
+
+
+def load_folder(folder: Path) -> SAE:
+    """Load the SAE of a folder in SAELens' own format, once its files have been checked.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        CheckpointError: One is damaged, or not what SAELens reads; it says which key or tensor.
+    """
+    check_lens_folder(folder)
+    try:
+        return unit_rows(SAE.load_from_disk(folder, device="cpu")).eval()
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} must hold an SAE that SAELens reads, but it does not: {error}") from error
 
 
 def sae_folder(name: str | Path, hook: str, files: Sequence[str] = LENS_FILES, *, revision: str | None = None) -> Path:
@@ -217,7 +240,7 @@ def sae_folder(name: str | Path, hook: str, files: Sequence[str] = LENS_FILES, *
     if source.folder is None:
         return _on_hub(source, hook, files)
     root = source.folder / FOLDER if (source.folder / FOLDER).is_dir() else source.folder
-    if not (root / hook / LENS_FILES[0]).is_file():
+    if regular(root / hook / LENS_FILES[0]) is None:
         there = sorted(path.parent.name for path in root.glob(f"*/{LENS_FILES[0]}"))
         raise FileNotFoundError(f"{root} has no SAE for {hook!r}; it has {', '.join(there) or 'none'}")
     return root / hook
@@ -279,7 +302,7 @@ def save(sae: SAE, folder: str | Path, dtype: torch.dtype | None = None) -> None
         folder: Where to.
         dtype: Round the stored weights to it; they are widened again on loading.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
         weights, config = sae.save_model(partial)

@@ -8,7 +8,6 @@ float64 (`coefficients`).
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .bilinear import BilinearTensor
 from .coefficients import Coefficients
+from .keeping import user_path
 from .precision import SCREENS, fastest, product_rates
 from .records import Record
 from .scaled import Scaled
@@ -28,6 +28,7 @@ from .state import State
 from .tables import sliced
 
 _COLUMNS = ("out", "left", "right", "value")
+_ALL = 2**62  # as many as an index can count
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,7 +142,8 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
 
     Raises:
         ValueError: `k`, `per_output` or `features` below 1, a basis of another width, NaN or infinite weights,
-            `memory` too small, a process group that cannot hold the tensors, or a checkpoint of another search.
+            coefficients beyond float32 of weights that are not float64, `memory` too small, a process group that cannot
+            hold the tensors, or a checkpoint of another search.
         RuntimeError: The device's products are less exact than the bound grants them.
 
     Cost: per output feature `n_in² · inp` floating-point operations in the screening dtype (half of each symmetric
@@ -156,15 +158,17 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
         screen = fastest(rates)
     layer = Scaled.of(B, out, inp, screen)
     chosen = None if features is None else layer.features.new_full((layer.n_out, min(features, layer.n_in)), -1)
-    wanted = Wanted(k, per_output, exclude_self, features)
+    wanted = Wanted(min(k, _ALL), None if per_output is None else min(per_output, _ALL), exclude_self, features)
     search = Search(layer, Coefficients(B, out, inp, memory), wanted, features=chosen)
     shard = range(search.layer.n_out) if group is None else share(search.layer.n_out, group)
-    state = None if checkpoint is None else State(Path(checkpoint), search, shard, group)
+    state = None if checkpoint is None else State(user_path(checkpoint), search, shard, group)
     pools = run(search, shard, memory, progress, state)
     if group is not None:
         pools = {name: gather(pool, group) for name, pool in pools.items()}
         share_findings(search, group)
     found = {name: Interactions(*search.ranked(pool, name)) for name, pool in pools.items()}
+    if not all(one.value.isfinite().all() for one in found.values()):
+        raise ValueError("B must have coefficients within float32, or weights in float64, got some that overflow it")
     screened = search.layer.n_out * search.n_pairs
     certificate = Certificate(screened, **search.tally, dtype=screen, rates=rates)
     return replace(found["all"], certificate=certificate, per_output=found.get("each"), features=chosen)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tables import Tabular, brief, cell, is_one, length_of, unit_of
+from .tables import SPREAD, Tabular, brief, cell, is_one, length_of, unit_of
 
 ROWS, COLUMNS, FACTS = 10, 14, 16  # shown at most
 _DEEP = 2  # records within records
@@ -46,8 +46,15 @@ def _headline(value: Any) -> str:
 
 def _lines(record: Any, facts: dict[str, Any]) -> str:
     """Return a record that is one row as a line for each of its facts."""
-    lines = (f"<tr><th{_LEFT}>{escape(name)}</th><td{_LEFT}>{_shown(value)}</td></tr>" for name, value in facts.items())
+    lines = (f"<tr><th{_LEFT}>{escape(name)}</th><td{_LEFT}>{_long(value)}</td></tr>" for name, value in facts.items())
     return f"<table><caption{_LEFT}>{escape(type(record).__name__)}</caption><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _long(value: Any) -> str:
+    """Return a cell that has a line to itself, with a line for each text if it holds several."""
+    if isinstance(value, tuple | list) and len(value) and all(isinstance(one, str) for one in value):
+        return "<br/>".join(escape(brief(one, 120)) for one in value[:ROWS])
+    return _shown(value)
 
 
 def _table(record: Any, facts: dict[str, Any]) -> str:
@@ -56,7 +63,10 @@ def _table(record: Any, facts: dict[str, Any]) -> str:
     n = max((len(column) for column in columns.values()), default=0)
     head = "".join(f"<th{_side(column)}>{escape(name)}</th>" for name, column in columns.items())
     lines = "".join(f"<tr>{''.join(_cells(columns, index))}</tr>" for index in range(min(n, ROWS)))
-    said = [f"{min(n, ROWS)} of {n} {unit_of(record)}", *(f"{name} {brief(one)}" for name, one in facts.items())]
+    said = [
+        f"{min(n, ROWS)} of {n} {unit_of(record)}",
+        *(f"{name} {brief(one)}" for name, one in facts.items() if one is not None),
+    ]
     caption = f"<caption{_LEFT}>{escape(_kind(record) + ' · '.join(said))}</caption>"
     return f"<table>{caption}<thead><tr>{head}</tr>{_courses(columns)}</thead><tbody>{lines}</tbody></table>"
 
@@ -102,8 +112,8 @@ def _shown(value: Any) -> str:
     value = cell(value)
     if isinstance(value, Tensor) and value.ndim == 2 and min(value.shape) > 3:
         return image(value)
-    if isinstance(value, tuple | list) and len(value) > 2 and all(isinstance(one, float) for one in value):
-        value = torch.tensor(value)
+    if isinstance(value, tuple | list) and len(value) > SPREAD and all(isinstance(one, int | float) for one in value):
+        value = torch.tensor(value, dtype=torch.float64)
     if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 2 and value.is_floating_point():
         return sparkline(value)
     inner = isinstance(value, Tabular) and not isinstance(value, list)

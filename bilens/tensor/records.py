@@ -24,7 +24,6 @@ from .tables import (
 
 if TYPE_CHECKING:
     import pandas
-    import plotly.graph_objects as go
 
 Class = TypeVar("Class", bound=type)
 T = TypeVar("T")
@@ -111,8 +110,8 @@ class Record(Tabular):
 
         return pandas.DataFrame({name: pandas.Series(_values(column)) for name, column in self.columns().items()})
 
-    def plot(self) -> "go.Figure":
-        """Draw it, as `bilens.report.plots.of` does."""
+    def plot(self) -> Any:
+        """Draw it as a plotly figure: `bilens.report.plots.of(self)`."""
         from bilens.report.plots import of  # the one door from here to the wing on top
 
         return of(self)

@@ -1,17 +1,15 @@
 """The state of a ranking on disk, from which a search that was killed goes on."""
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .candidates import PARTS, Pool
+from .keeping import damaged, is_file, read_state, write_state
 from .search import Search
 
 SAVE_EVERY = 1.0  # seconds between two checkpoints
@@ -30,23 +28,57 @@ class State:
         self.fingerprint = _fingerprint(search, shard)
 
     def load(self) -> tuple[int, dict[str, Pool]]:
-        """Return where to go on and what was found until there."""
+        """Return where to go on and what was found until there.
+
+        Raises:
+            ValueError: The file is of another search, or damaged; it says what to do.
+        """
         pools = self.search.pools()
-        if not self.path.exists():
+        if not is_file(self.path):
             return self.shard.start, pools
-        with safe_open(self.path, "pt") as file:
-            about = file.metadata()
-            if about["fingerprint"] != self.fingerprint:
-                raise ValueError(
-                    f"checkpoint must be of this search, but {self.path} is of one with other weights, bases or "
-                    f"arguments (fingerprint {about['fingerprint'][:12]}, not {self.fingerprint[:12]}): remove it or "
-                    "name another folder"
-                )
-            device = self.search.layer.device
-            found = {n: Pool(**{part: file.get_tensor(f"{n}.{part}").to(device) for part in PARTS}) for n in pools}
-            if self.search.features is not None:
-                self.search.features.copy_(file.get_tensor("features"))
-        return int(about["next"]), found
+        tensors, about = read_state(self.path)
+        if about.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"checkpoint must be of this search, but {self.path} is of one with other weights, bases or "
+                f"arguments (fingerprint {about.get('fingerprint')!s:.12}, not {self.fingerprint:.12}): remove it or "
+                "name another folder"
+            )
+        chosen = {} if self.search.features is None else {"features": self.search.features}
+        if set(tensors) != {f"{name}.{part}" for name in pools for part in PARTS} | set(chosen):
+            raise damaged(self.path, f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
+        device = self.search.layer.device
+        found = {n: Pool(**{part: tensors[f"{n}.{part}"].to(device) for part in PARTS}) for n in pools}
+        following = about.get("next")
+        if not isinstance(following, int) or not self.shard.start <= following <= self.shard.stop:
+            raise damaged(self.path, f"next must lie in {self.shard}, got {following!r}")
+        for name, pool in found.items():
+            if (why := self._flaw(pool, following)) is not None:
+                raise damaged(self.path, f"{name}.{why}")
+        for name, mine in chosen.items():
+            stored, n_in = tensors[name], self.search.layer.n_in
+            fits = stored.shape == mine.shape and stored.dtype == mine.dtype
+            if not fits or not -1 <= stored.min() <= stored.max() < n_in:
+                raise damaged(self.path, f"{name} must hold features below {n_in}, {list(mine.shape)} of them")
+            mine.copy_(stored)
+        return following, found
+
+    def _flaw(self, pool: Pool, following: int) -> str | None:
+        """Say what of a pool cannot be; None if nothing."""
+        empty, sizes = Pool.empty(pool.out.device), {len(part) for part in pool.parts().values() if part.ndim == 1}
+        for name, part in pool.parts().items():
+            if part.ndim != 1 or len(sizes) != 1 or part.dtype != getattr(empty, name).dtype:
+                return f"{name} must be a column as the others, got {part.dtype} of shape {list(part.shape)}"
+        limits = {"out": (self.shard.start, following - 1), "left": (0, self.search.layer.n_in - 1), "sure": (0, 1)}
+        limits |= {
+            "right": limits["left"],
+            "size": (0.0, torch.finfo(torch.float64).max),
+            "slack": (0.0, torch.finfo(torch.float64).max),
+        }
+        for name, (low, high) in limits.items():
+            part = getattr(pool, name)
+            if len(part) and not (part.min() >= low and part.max() <= high):
+                return f"{name} must lie between {low} and {high}, got {part.min().item()} to {part.max().item()}"
+        return None if (pool.left <= pool.right).all() else "left must not exceed right"
 
     def due(self) -> bool:
         """Return whether the last checkpoint is old."""
@@ -54,13 +86,10 @@ class State:
 
     def save(self, following: int, pools: dict[str, Pool]) -> None:
         """Write the state so that a kill at any time leaves the old one or the new one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}.{name}": part for n, pool in pools.items() for name, part in pool.parts().items()}
         if self.search.features is not None:
             tensors["features"] = self.search.features
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial, {"fingerprint": self.fingerprint, "next": str(following)})
-        os.replace(partial, self.path)
+        write_state(self.path, tensors, {"fingerprint": self.fingerprint, "next": following})
         self.saved = time.monotonic()
 
 

@@ -60,10 +60,17 @@ def _wing(wing: str) -> str:
 
 
 def names_of(folder: Path) -> list[tuple[str, str]]:
-    """Return module and name of what a table of contents lists beside modules."""
+    """Return module and name of the functions and classes that a table of contents lists beside modules."""
     tree = ast.parse((folder / "__init__.pyi").read_text())
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-    return [(node.module, alias.name) for node in imports for alias in node.names]
+    listed = [(node.module, alias.name) for node in imports for alias in node.names]
+    return [(module, name) for module, name in listed if name in _defined(folder.joinpath(*module.split(".")))]
+
+
+def _defined(path: Path) -> set[str]:
+    """Return the functions and classes of a module: constants and what others made are not in the reference."""
+    tree = ast.parse(path.with_suffix(".py").read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
 def _first_line(path: Path) -> str:
