@@ -33,7 +33,7 @@ HOMES = {  # third parties that stay in one place
         "images.classifiers",
     },
     "transformers": {"models.tokenization", "models.text", "models.generation"},
-    "sae_lens": {"saes.arrays", "saes.stored", "saes.fitting"},
+    "sae_lens": {"saes.arrays", "saes.fitting", "saes.kinds", "saes.stored"},
     "huggingface_hub": {"models.sources", "models.modelcards", "saes.listing", "saes.publishing"},
     "plotly": {
         "report.figures",

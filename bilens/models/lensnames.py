@@ -147,7 +147,7 @@ class LensNames(metaclass=_Explaining):
         """Number of parameters, embeddings, biases and gains included; one that is in two places counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Float[Tensor, "layer head layer head"]:
+    def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
         """Return how much each head composes with each of a later layer, `|A B| / (|A| |B|)` in Frobenius norms.
 
         A is the earlier head's OV, B the later one's QK (`"Q"`), its transpose (`"K"`) or its OV (`"V"`); zero for all
