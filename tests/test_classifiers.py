@@ -119,7 +119,8 @@ def test_bad_files(tmp_path):
         imagesets.load(tmp_path / "none.npz")
     with pytest.raises(FileNotFoundError, match="no file train-images-idx3-ubyte"):
         imagesets.load(tmp_path)
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03short")
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (tmp_path / name).write_bytes(b"\0\0\x08\x03short")
     with pytest.raises(ValueError, match="must be an idx file of bytes, got header"):
         imagesets.load(tmp_path)
 

@@ -77,6 +77,8 @@ def read_idx(folder: Path, stem: str) -> np.ndarray:
         if head[:3] != b"\0\0\x08" or len(head) < 4 or not 1 <= head[3] <= 3:
             raise ValueError(f"it must be an idx file of bytes with 1 to 3 axes, got header {head!r}")
         told = file.read(4 * head[3])
+        if len(told) < 4 * head[3]:
+            raise ValueError(f"it must be an idx file of bytes, got header {head + told!r}, which ends too early")
         shape = tuple(int.from_bytes(told[4 * i : 4 * i + 4], "big") for i in range(head[3]))
         _check_ratio(path.name, math.prod(shape), path.stat().st_size)
         data = file.read(math.prod(shape) + 1)

@@ -47,7 +47,7 @@ def _facts(record: Tabular) -> go.Figure:
         return _lines(record, {"value": _numbers(vectors[0])})
     if not numbers:
         raise ValueError(f"record must hold numbers to be drawn, but {type(record).__name__} has {_said(facts)}")
-    return _signed(list(numbers), list(numbers.values()), type(record).__name__, "")
+    return _signed(list(numbers), list(map(float, numbers.values())), type(record).__name__, "")
 
 
 def _said(names: Any) -> str:
