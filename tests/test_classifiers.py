@@ -113,7 +113,7 @@ def test_bad_images(make, message, unchecked):
 
 def test_bad_files(tmp_path):
     np.savez(tmp_path / "other.npz", z=np.zeros(3))
-    with pytest.raises(ValueError, match="must hold x_train, y_train, got z"):
+    with pytest.raises(ValueError, match="must hold x_train, y_train, but x_train, y_train is missing: got z"):
         imagesets.load(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.npz"):
         imagesets.load(tmp_path / "none.npz")
@@ -238,7 +238,7 @@ def test_damaged_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"blocks\.1\.left\.weight .* must be \[5, 5\], got no such tensor"):
         classifiers.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"d_hidden": 6}))
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.left\.weight .* must be \[6, 6\], got \[5, 5\]"):
+    with pytest.raises(CheckpointError, match=r"embed\.weight in .* must be \[6, 12\], got \[5, 12\]"):
         classifiers.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"depth": 2}))
     with pytest.raises(CheckpointError, match="must have the keys"):

@@ -203,7 +203,8 @@ def test_transformer_bridge_runs_it(written):
 
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
-def test_nnsight_sees_what_our_hooks_see(written):
+def test_nnsight_sees_what_our_hooks_see(written, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)  # which nnsight replaces, for other tests too
     nnsight = pytest.importorskip("nnsight")
     model, folder = written
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

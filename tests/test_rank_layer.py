@@ -96,7 +96,7 @@ def few(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saes")
     for hook in ("blocks.2.hook_mlp_in", "blocks.2.hook_mlp_out"):
         sae = bilens.saes.load("bilens-mini", hook)
-        small = TopKSAE(dataclasses.replace(sae.cfg, d_sae=32))
+        small = TopKSAE(dataclasses.replace(sae.cfg, d_sae=32, k=min(sae.cfg.k, 32)))
         whole = sae.state_dict()
         cut = {"W_enc": whole["W_enc"][:, :32], "b_dec": whole["b_dec"]}
         small.load_state_dict(cut | {name: whole[name][:32] for name in ("W_dec", "b_enc")})

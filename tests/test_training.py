@@ -189,7 +189,9 @@ def test_the_token_after_verdict_counts_by_its_weight(trained):
     where = train_language.follows(batch, ids)
     assert where.nonzero().tolist() == [[0, 2 + len(ids)], [1, len(ids)]]
     losses = model(batch, "loss", loss_per_token=True)
-    plain, weighted = (train_language.verdict_loss(model.tokenizer, weight)(model, batch) for weight in (1.0, 4.0))
+    plain, weighted = (
+        train_language.verdict_loss(model.tokenizer.backend_tokenizer, weight)(model, batch) for weight in (1.0, 4.0)
+    )
     assert plain.item() == pytest.approx(train_language.mean_loss(model, batch).item(), rel=1e-5)
     expected = (losses.sum() + 3 * losses[where[:, 1:]].sum()) / (losses.numel() + 6)
     assert weighted.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -13,7 +13,7 @@ from bilens.models.attention import Attention
 from bilens.models.layers import Norm
 from bilens.models.projections import Projection
 from bilens.models.rotary import rotate
-from bilens.models.text import Text
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
 from bilens.saes.stored import SAE
 from bilens.tensor.records import Record, Rows, tabular
@@ -157,7 +157,7 @@ class Attending(Record, rows="pair", along=("query", "key")):
 @torch.no_grad()
 def why_attend(
     model: BilinearTransformer,
-    text: Text | Int[Tensor, "text seq"] | Int[Tensor, " seq"],
+    text: Texts,
     layer: int,
     head: int | Sequence[int] | None = None,
     query: int | Sequence[int] | None = None,

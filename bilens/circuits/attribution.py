@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.models.text import Text
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
 from bilens.saes.directions import writers
 from bilens.saes.scaling import scale_of
@@ -83,7 +83,7 @@ class Attribution(Terms):
 @torch.no_grad()
 def attribute(
     model: BilinearTransformer,
-    text: Text | Int[Tensor, "text seq"] | Int[Tensor, " seq"],
+    text: Texts,
     layer: int,
     feature: int | None = None,
     *,

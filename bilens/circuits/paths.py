@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.models.text import Text
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.records import Record
@@ -124,7 +124,7 @@ class Paths(Record, rows="position", along=("places",), tells=("miss",)):
 @torch.no_grad()
 def expand(
     model: BilinearTransformer,
-    text: Text | Int[Tensor, "text seq"] | Int[Tensor, " seq"],
+    text: Texts,
     layer: int | None = None,
     position: int | None = None,
 ) -> Paths:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bilens.models.text import Text
+from bilens.models.texts import Texts
 from bilens.models.texts import list_of, rows_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observed
@@ -58,7 +58,7 @@ class Places(Record, rows="position"):
 
 def locate(
     model: BilinearTransformer,
-    text: Text | Int[Tensor, "text seq"] | Int[Tensor, " seq"],
+    text: Texts,
     position: int | None = None,
 ) -> Places:
     """Tokenise, and find the positions that are asked for.

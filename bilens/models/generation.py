@@ -226,7 +226,7 @@ class _Run:
         """Add up to n tokens, and yield the logits that each was chosen by."""
         self._check(n)
         model, embedded, mask = self.model, self.prompt.embedded, self.prompt.mask
-        ends, filler = torch.tensor(self.ends[0], dtype=torch.int64, device=mask.device), self.ends[1]
+        ends, filler = mask.new_tensor(self.ends[0], dtype=torch.int64), self.ends[1]
         done = mask.new_zeros(len(mask))
         stepper, hooking = _Stepper(model, use_cache), model.hooking
         for _ in range(n):

@@ -52,7 +52,7 @@ def alpha_at(schedule: str | Schedule, progress: int | float) -> float:
     if not 0 <= progress <= 1:
         raise ValueError(f"progress must lie in [0, 1], got {progress}")
     function = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    alpha = float(function(progress))
+    alpha = float(function(float(progress)))
     if not -1e-9 <= alpha <= 1 + 1e-9:
         raise ValueError(f"schedule must stay in [0, 1], but at progress {progress:g} it is {alpha:g}")
     return min(max(alpha, 0.0), 1.0)

@@ -66,7 +66,7 @@ def _is(column: Any, kind: type) -> bool:
 
 
 def _numbers(column: Any) -> list[float]:
-    return (column.tolist() if isinstance(column, Tensor) else list(column))[:_MOST]
+    return [float(one) for one in (column.tolist() if isinstance(column, Tensor) else column)[:_MOST]]
 
 
 def _names(columns: dict[str, Any]) -> list[str]:

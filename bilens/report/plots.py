@@ -296,7 +296,7 @@ def flips(found: FlipTest) -> go.Figure:
     return bars(values, "Minimal pairs that flip", "share", marked=["without the circuit"])
 
 
-def of(record: Tabular) -> go.Figure:
+def of(record: Any) -> go.Figure:
     """Draw a record: the figure that its kind has here, else its numbers by the names of its rows.
 
     Args:
