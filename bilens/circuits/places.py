@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bilens.models.texts import Texts
-from bilens.models.texts import list_of, rows_of
+from bilens.models.texts import Texts, list_of, rows_of
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, observed
 from bilens.tensor.records import Record
