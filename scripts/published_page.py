@@ -17,9 +17,9 @@ from plotly.offline import get_plotlyjs
 from published_measures import ENOUGH, KS, LEAST
 from published_studies import NEGATION, NOT_BAD, NOT_GOOD, Study
 
-from bilens.models.files import atomic_write
 from bilens.report import figures, plots
 from bilens.report.parts import Figure, Table
+from bilens.tensor.keeping import atomic_write
 
 ADDED = {  # 2410.08417's code: relative loss added by the SAEs of layers 1 to 6
     "mlp-out": (0.0119, 0.0205, 0.0379, 0.0487, 0.0593, 0.0868),

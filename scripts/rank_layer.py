@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 import bilens
 from bilens import saes
-from bilens.models.files import atomic_write, fingerprint
-from bilens.tensor.keeping import read_record, write_record
+from bilens.models.files import fingerprint
+from bilens.tensor.keeping import atomic_write, read_record, write_record
 
 ARGUMENTS = ("layer", "k", "per_output", "exclude_self", "format")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bilens.models.files import atomic_write, fingerprint
+from bilens.models.files import fingerprint
+from bilens.tensor.keeping import atomic_write
 
 
 def test_text_bytes_and_safetensors_arrive(tmp_path):

@@ -254,6 +254,26 @@ def test_a_model_that_one_thread_has_hooked_is_refused_to_another(make_model):
     assert torch.equal(model(TOKENS), plain)
 
 
+def test_blocks_of_hooks_end_in_any_order_and_no_copy_has_them(make_model):
+    model = make_model()
+    hook = [("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]
+    plain, options = model(TOKENS), {"max_new_tokens": 2, "max_tokens_per_yield": 1, "stop_at_eos": False}
+    first, second = (model.generate_stream(TOKENS[:1, :2], **options, fwd_hooks=hook) for _ in range(2))
+    for stream in (first, second, first, first, second, second):  # the first ends before the second
+        next(stream, None)
+    assert (model.context_level, model.hooking) == (0, None)
+    assert torch.equal(model(TOKENS), plain)
+    with model.hooks(fwd_hooks=hook):
+        made = copy.deepcopy(model)
+        assert not in_a_thread(lambda: made(TOKENS))
+        assert torch.equal(made(TOKENS), plain)
+        assert not torch.equal(model(TOKENS), plain)
+    stream = model.generate_stream(TOKENS[:1, :2], **options)
+    next(stream)
+    assert not in_a_thread(lambda: model.run_with_hooks(TOKENS, fwd_hooks=hook))  # without hooks it has none hooked
+    stream.close()
+
+
 GRAPHS = """
 import sys, torch, bilens
 model = bilens.load(sys.argv[1])

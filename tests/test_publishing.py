@@ -7,7 +7,7 @@ import torch
 from test_circuits import random_sae
 
 import bilens
-from bilens import Facts, saes
+from bilens import EmbedConfig, Facts, NormConfig, saes
 from bilens.circuits import FeatureLayer
 from bilens.models.files import fingerprint
 
@@ -101,13 +101,15 @@ def test_what_cannot_be_published_is_refused_before_anything_is_sent(hub, make_m
     other = make_model(seed=5, dtype=torch.float32)
     shifted = make_model(dtype=torch.float32, norm="rms_gain_shift")
     shifted.ln_final.bias.data.zero_()
-    loose = random_sae(HOOKS[0]).float()
+    rescaled = make_model(dtype=torch.float32, embed=EmbedConfig(3.0, NormConfig(1e-5)))
+    loose, scaled = (random_sae(hook).float() for hook in (HOOKS[0], "hook_embed"))
     for says, pushed, options in (
         ("repo must be 'owner/name'", model, {"repo": "tiny"}),
         ("it was fitted to one with other weights", other, {"saes": dictionaries}),
         ("saes must have names of their own", model, {"saes": [*dictionaries, dictionaries[0]]}),
         ("attention.kind must be 'softmax'", make_model(attention="bilinear"), {"layout": "llama"}),
         ("layout must be None with an SAE at", shifted, {"layout": "llama", "saes": [loose]}),
+        ("what it reads at hook_embed is not", rescaled, {"layout": "llama", "saes": [scaled]}),
     ):
         with pytest.raises(ValueError, match=says):
             bilens.push_to_hub(pushed, **{"repo": REPO, **options})

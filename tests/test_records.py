@@ -12,6 +12,7 @@ from functools import partial
 from html import escape
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,6 +280,17 @@ def test_slices_keep_what_they_are_of(lens, found):
     assert found["outliers"][-1]["feature"] == 4
     with pytest.raises(IndexError, match="Outliers has 5 features, got row 5"):
         found["outliers"][5]
+
+
+@pytest.mark.parametrize("number", [np.int64(1), torch.tensor(1)])
+def test_a_row_has_the_number_that_numpy_or_torch_gives(number):
+    some = torch.arange(3)
+    assert Interactions(some, some, some, some.float())[number] == (1, 1, 1, 1.0)
+    eigen = Eigen(some.float(), torch.eye(3))
+    assert [part.tolist() for part in eigen[number]] == [1.0, [0.0, 1.0, 0.0]]
+    assert eigen[[0, 2]].values.tolist() == eigen[some != 1].values.tolist() == [0.0, 2.0]
+    loss = bilens.images.classifiers.History((3.0, 2.0), (0.1, 0.2), 1.0)
+    assert loss[number]["loss"] == 2.0
 
 
 def test_what_is_no_record_is_refused():

@@ -236,3 +236,10 @@ def test_truncation(make_model):
     assert model.to_tokens("the cat", move_to_device=False).device.type == "cpu"
     with pytest.raises(ValueError, match="Unicode, but text 1 does not"):
         model.to_tokens(["a", "\ud800"])
+
+
+def test_a_tokenizer_with_several_chat_templates_is_written_whole(make_model, tmp_path):
+    model, templates = make_model(), {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    model.tokenizer.chat_template = templates
+    bilens.save(model, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == templates

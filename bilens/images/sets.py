@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilens.tensor.keeping import user_path
 from bilens.tensor.records import Record
-from bilens.tensor.tables import Images
+from bilens.tensor.tables import Images, number_of
 
 from .files import read_idx, read_npz
 
@@ -64,7 +64,7 @@ class ImageSet(Record, rows="n", unit="images"):
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Any:
         """Return some of the images, by a slice, indices or a mask, or one and its class by its number."""
-        if isinstance(index, int):
+        if isinstance(index := number_of(index), int):
             return super().__getitem__(index)
         return replace(self, x=self.x[index], y=self.y[index])
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import atomic_write
+from bilens.tensor.keeping import atomic_write
+
 from .sources import DTYPES, CheckpointError, Source, check_finite, conversions, read_safetensors, widened
 
 ARCHIVE = "pytorch_model.bin"

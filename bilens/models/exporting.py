@@ -69,7 +69,7 @@ def as_llama(model: BilinearTransformer) -> BilinearTransformer:
 
 def special_ids(model: BilinearTransformer) -> dict[str, int | None]:
     """Return the keys of a config that say which tokens start a text, end it and pad it; None of a model of ids."""
-    eos = None if model.tokenizer is None else model.eos_id
+    eos = None if model.tokenizer is None else model.tokenizer.eos_token_id  # some have none
     bos = model.bos_id if model.tokenizer is not None and model.has_bos else None
     pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}

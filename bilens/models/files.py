@@ -1,4 +1,4 @@
-"""The fingerprint by which one file refers to the weights of another; files that are whole or not there."""
+"""The fingerprint by which one file refers to the weights of another."""
 
 import hashlib
 import weakref
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-
-from bilens.tensor.keeping import atomic_write  # noqa: F401 - so that a wing finds what it needs of files here
 
 # By module: the state of its tensors when they were hashed, and the hash.
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[list, str]] = weakref.WeakKeyDictionary()

@@ -228,8 +228,10 @@ class _Run:
         model, embedded, mask = self.model, self.prompt.embedded, self.prompt.mask
         ends, filler = torch.tensor(self.ends[0], dtype=torch.int64).to(mask.device), self.ends[1]
         done = mask.new_zeros(len(mask))
-        stepper = _Stepper(model, use_cache)
+        stepper, hooking = _Stepper(model, use_cache), model.hooking
         for _ in range(n):
+            if model.hooking != hooking:  # hooked since, perhaps by another thread
+                model.check_thread()
             model.notice(None if self.prompt.tokens is None else self.tokens)
             logits = stepper.next_logits(embedded, mask)
             chosen = self.sampling.choose(logits, self.tokens, mask)

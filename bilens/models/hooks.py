@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from difflib import get_close_matches
 from threading import current_thread, get_ident
 from typing import Any, Literal, TypeAlias
@@ -137,10 +138,21 @@ class Hooked(HookedRootModule):
 
     One module has one set of hooks, so threads that hook it at the same time would see each other's. While one has it
     hooked (`hooks`, `run_with_hooks`, `run_with_cache`, `generate` with hooks), another that hooks it or runs it is
-    refused; hooks that `add_hook` left for good are every thread's. Give each thread a copy (`copy.deepcopy`).
+    refused; hooks that `add_hook` left for good are every thread's. Give each thread a copy (`copy.deepcopy`), which
+    has none of the hooks that a `with` block would have removed.
     """
 
-    hooking: int | None = None  # the thread that is inside `hooks`
+    hooking: int | None = None  # the thread that is inside `hooks` with some
+    levels: frozenset[int] = frozenset()  # of the `with` blocks that are open; generators may end in any order
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hooked":
+        """Copy all but the hooks of `with` blocks, which end with the original's and would never end here."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(deepcopy(self.__dict__, memo))
+        for level in made.levels:
+            made._leave(level, True, False)
+        return made
 
     @contextmanager
     def hooks(self, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False):
@@ -164,7 +176,9 @@ class Hooked(HookedRootModule):
         level = self.context_level + 1
         try:
             try:
-                self.context_level, self.hooking = level, get_ident()
+                self.context_level, self.levels = level, self.levels | {level}
+                if fwd_hooks or bwd_hooks:
+                    self.hooking = get_ident()
                 for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
                     for name, hook in hooks:
                         self.add_hook(name, hook, dir=direction, level=level)
@@ -177,8 +191,9 @@ class Hooked(HookedRootModule):
     def _leave(self, level: int, reset: bool, clear_contexts: bool) -> None:
         if reset:
             self.reset_hooks(clear_contexts, level=level)
-        self.context_level = level - 1
-        if level == 1:
+        self.levels -= {level}
+        self.context_level = max(self.levels, default=0)
+        if not self.levels:
             self.hooking = None
 
     def check_thread(self) -> None:

@@ -129,16 +129,13 @@ class TextInterface:
             ValueError: A text that is not Unicode (half a surrogate pair), by its number.
         """
         tokenizer = self._tokenizer
-        for index, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"input must hold Unicode, but text {index} does not: {error}") from None
+        check_unicode(texts)
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         return tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"] if len(texts) else []
 
     def encodings(self, texts: Sequence[str]) -> list[Any]:
-        """Return each text's `tokenizers.Encoding`, which knows where in the text each token is."""
+        """Return each text's `tokenizers.Encoding`, which knows where in the text each token is; errors as above."""
+        check_unicode(texts)
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False).encodings
 
     def encode(
@@ -155,7 +152,6 @@ class TextInterface:
                 )
         if padding_side not in ("left", "right", None):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-        check_unicode(texts)
         rows = []
         for index, row in enumerate(self.token_rows(texts)):
             if prepend_bos is not False and self.has_bos and row[:1] != [self.bos_id]:  # no second one after one spelt

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilens.tensor.keeping import user_path
+
 # A text, texts (of a list, a column, rows with a column `text`, a stream, a file), or windows of token ids.
 Texts: TypeAlias = str | os.PathLike | Tensor | np.ndarray | Iterable[Any]
 COLUMN = "text"
@@ -36,7 +38,7 @@ def rows_of(texts: Texts, name: str = "texts", column: str = COLUMN) -> Iterator
         FileNotFoundError: No such file.
     """
     if isinstance(texts, os.PathLike):
-        return rows_of_file(Path(texts).expanduser(), column)
+        return rows_of_file(user_path(texts), column)
     if isinstance(texts, str):
         return iter([texts])
     if isinstance(texts, Mapping):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from .files import atomic_write
+from bilens.tensor.keeping import atomic_write
 
 # What special tokens are called where no file says which they are.
 NAMES = {
@@ -121,10 +121,11 @@ def save_tokenizer(tokenizer: Any, folder: Path, stack: ExitStack) -> set[str]:
         if tokenizer.is_fast and not (told.get("tokenizer_class") or "").endswith("TokenizerFast"):
             told["tokenizer_class"] = "PreTrainedTokenizerFast"  # which versions before 5 know too
         config.write_text(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        written = sorted(Path(partial).iterdir())
-        for path in written:
-            stack.enter_context(atomic_write(folder / path.name)).write_bytes(path.read_bytes())
-    return {path.name for path in written}
+        # files of several chat templates lie in a folder of their own
+        written = {path.relative_to(partial): path for path in sorted(Path(partial).rglob("*")) if path.is_file()}
+        for name, path in written.items():
+            stack.enter_context(atomic_write(folder / name)).write_bytes(path.read_bytes())
+    return {name.as_posix() for name in written}
 
 
 # -- how tokens are shown ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .text import check_unicode, token_ids
+from .text import token_ids
 from .texts import Texts as Texts
 from .texts import rows_of, text_of
 from .transformer import BilinearTransformer
@@ -134,7 +134,6 @@ def _of_texts(model: BilinearTransformer, rows: Sequence[Any], length: int | Non
     if not first < length <= model.cfg.n_ctx:
         raise ValueError(f"length must lie between {first + 1} and {model.cfg.n_ctx} (n_ctx), got {length}")
     texts = [text_of(row, index) or "" for index, row in enumerate(rows)]
-    check_unicode(texts)
     start, step = [model.bos_id] if model.has_bos else [], length - first
     pieces, of = [], []
     for index, ids in enumerate(model.token_rows(texts)):

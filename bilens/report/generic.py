@@ -102,7 +102,7 @@ def _bars(record: Tabular, names: Sequence[str], numbers: dict[str, list[float]]
     return _signed(names, numbers[unit][: len(names)], title, unit)
 
 
-def _signed(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> go.Figure:
+def _signed(names: Sequence[str], values: Sequence[int | float], title: str, unit: str) -> go.Figure:
     """Draw bars with names at their side, the first on top, coloured by sign."""
     rows = list(range(len(names)))
     trace = go.Bar(

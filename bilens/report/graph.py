@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bilens.circuits.attribution import Attribution
 from bilens.circuits.traces import Trace
-from bilens.models.files import atomic_write
 from bilens.models.sources import read_json
+from bilens.tensor.keeping import atomic_write
 
 LIST = "graph-metadata.json"
 FEATURE = "cross layer transcoder"  # what the format calls a node that is a feature

@@ -19,7 +19,7 @@ from bilens.models.sources import read_json, regular
 from bilens.models.transformer import BilinearTransformer
 from bilens.tensor.keeping import atomic_write, user_path
 from bilens.tensor.records import Record, tabular
-from bilens.tensor.tables import Made
+from bilens.tensor.tables import Made, number_of
 
 from .cardfiles import casts_told, read_card_file
 from .naming import WIDEST, Label, label_of, word
@@ -106,7 +106,7 @@ class FeatureCards(Record, rows="feature"):
         Raises:
             IndexError: No such feature.
         """
-        if not isinstance(feature, int):
+        if not isinstance(feature := number_of(feature), int):
             return replace(self, features=tuple(torch.tensor(self.numbers)[feature].tolist()))
         if feature not in self.numbers:
             first, last = (self.numbers[0], self.numbers[-1]) if len(self) else (0, -1)

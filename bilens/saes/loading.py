@@ -4,6 +4,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from bilens.models.sources import EMBEDDED
+from bilens.tensor.keeping import user_path
 
 from . import stored
 from .catalogue import Catalogue, catalogue
@@ -25,7 +26,7 @@ def load(name: str | Path, hook: str, *, revision: str | None = None) -> SAE:
         FileNotFoundError: No such place, or no such SAE there; the message lists those there are.
         ValueError: Several SAEs read that hook point; the message lists their names.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if name == EMBEDDED or (folder.is_dir() and (folder / hook / "cfg.json").is_file()):
         if revision is not None:
             raise ValueError(f"revision goes with a Hub repository, got {revision!r} for {name}")

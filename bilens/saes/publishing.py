@@ -13,12 +13,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from bilens.models.checkpoints import GENERATION
 from bilens.models.checkpoints import save as save_model
 from bilens.models.exporting import as_llama
-from bilens.models.files import atomic_write, fingerprint
+from bilens.models.files import casts, fingerprint
 from bilens.models.modelcards import Facts, model_card, table
+from bilens.models.splicing import own_name
+from bilens.models.texts import Texts
 from bilens.models.tokenization import TOKENIZER_FILES
 from bilens.models.transformer import BilinearTransformer
-from bilens.models.windows import Texts
+from bilens.tensor.keeping import atomic_write, user_path
 
+from .cardfiles import AS
 from .cards import FILE, FeatureCards
 from .catalogue import catalogue
 from .directions import check_sae, hook_of, writes_at
@@ -77,18 +80,19 @@ def publish(
         ValueError: A model that the layout cannot hold, an SAE that does not fit the model, two at one hook point, or a
             folder that holds SAEs of another publication. Nothing was written.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     written = model if layout is None else as_llama(model)
     shelf = _shelf(model, saes)
-    _check_shift(model, layout, shelf)
+    _check_same(model, written, shelf)
     _check_fresh(folder, shelf)
     facts = facts or Facts()
     if texts is not None:
         shelf = [replace(one, found=evaluate(model, one.sae, texts)) for one in shelf]
         facts = replace(facts, losses={**facts.losses, **_losses(shelf)})
     save_model(model, folder, layout)
+    told = (fingerprint(written), casts(written)) if shelf else ()
     for one in shelf:
-        _write(one, folder / FOLDER / one.name, model, written)
+        _write(one, folder / FOLDER / one.name, *told)
     card = model_card(written, name or str(folder), facts, layout=layout, saes=_table(shelf))
     with atomic_write(folder / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")
@@ -171,15 +175,21 @@ def _shelf(model: BilinearTransformer, saes: "str | Path | Sequence[SAE] | None"
     return shelf
 
 
-def _check_shift(model: BilinearTransformer, layout: str | None, shelf: Sequence[_Shelved]) -> None:
-    """Make sure that no SAE reads behind a norm whose shift the layout moves into the weights."""
-    if layout is None or model.cfg.norm is None or not model.cfg.norm.shift:
+@torch.no_grad()
+def _check_same(model: BilinearTransformer, written: BilinearTransformer, shelf: Sequence[_Shelved]) -> None:
+    """Make sure that what each SAE reads is the same in a layout, whose weights take in shifts of norms and scales."""
+    if written is model or not shelf:
         return
-    for one in shelf:
-        if hook_of(one.sae).endswith("hook_mlp_in"):
+    tokens = torch.arange(min(model.cfg.n_ctx, model.cfg.d_vocab), device=model.W_E.device)[None]
+    hooks = [own_name(hook_of(one.sae)) for one in shelf]
+    there = [hook for hook in hooks if hook in written.hook_dict]
+    before, after = (one.run_with_cache(tokens, names_filter=there)[1] for one in (model, written))
+    rounding = torch.finfo(model.W_E.dtype).eps ** 0.5
+    for one, hook in zip(shelf, hooks, strict=True):
+        if hook not in there or (after[hook] - before[hook]).norm() > rounding * before[hook].norm():
             raise ValueError(
-                f"layout must be None with an SAE at {one.name}: the norm's shift, which that reads, moves into the "
-                f"MLP's biases of a Llama"
+                f"layout must be None with an SAE at {one.name}: what it reads at {hook} is not the same in a Llama, "
+                f"whose weights take in shifts of norms and scales"
             )
 
 
@@ -189,18 +199,20 @@ def _check_fresh(folder: Path, shelf: Sequence[_Shelved]) -> None:
         raise ValueError(f"folder must not hold SAEs of another publication, got {', '.join(others)} in {folder}")
 
 
-def _write(one: _Shelved, folder: Path, model: BilinearTransformer, written: BilinearTransformer) -> None:
-    """Write an SAE and its cards, bound to the weights that the model has where it is written."""
-    after, sae = fingerprint(written), copy.copy(one.sae)  # whose config is written otherwise than it is here
+def _write(one: _Shelved, folder: Path, after: str, cast: dict[str, str]) -> None:
+    """Write an SAE and its cards, bound to the weights that the model has where it is written, and to their casts."""
+    sae = copy.copy(one.sae)  # whose config is written otherwise than it is here
     sae.cfg = copy.deepcopy(sae.cfg)
     settings = sae.cfg.metadata.settings or {}
-    if settings.get("model") == fingerprint(model):
-        sae.cfg.metadata["settings"] = settings | {"model": after}
+    if settings.get("model") is not None:  # the model's, by `check_sae`, if need be before a cast
+        sae.cfg.metadata["settings"] = settings | {"model": after, "casts": cast}
     save(sae, folder)
     if one.cards is None:
         (folder / FILE).unlink(missing_ok=True)
     else:
-        replace(one.cards, provenance=one.cards.provenance | {"model": after}).save(folder / FILE)
+        told = {"model": after} | {f"{AS}{dtype}": digest for dtype, digest in cast.items()}
+        kept = {key: value for key, value in one.cards.provenance.items() if not key.startswith(AS)}
+        replace(one.cards, provenance=kept | told).save(folder / FILE)
 
 
 def _losses(shelf: Sequence[_Shelved]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from .bilinear import BilinearTensor, with_constant
 from .matrices import Matrices, check_directions, check_finite
 from .precision import working_dtype
 from .records import Record
+from .tables import number_of, sliced
 
 MATRIX_BYTES = 2**26  # interaction matrices held at once
 
@@ -37,11 +39,9 @@ class Eigen(Record, rows="k", unit="eigenvectors"):
     def __len__(self) -> int:
         return self.values.shape[-1]
 
-    def __getitem__(self, which: int | slice) -> "Eigen | tuple[Tensor, Tensor]":
-        if not isinstance(which, slice):
-            return self.values[..., which], self.vectors[..., which, :]
-        residual = None if self.residual is None else self.residual[..., which]
-        return Eigen(self.values[..., which], self.vectors[..., which, :], residual)
+    def __getitem__(self, which: Any) -> "Eigen | tuple[Tensor, Tensor]":
+        which = number_of(which)
+        return (self.values[..., which], self.vectors[..., which, :]) if isinstance(which, int) else sliced(self, which)
 
     def _replace(self, **changes: Tensor | None) -> "Eigen":
         """Return a copy with other values or vectors, as the method of a named tuple does."""

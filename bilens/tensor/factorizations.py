@@ -12,7 +12,7 @@ from .bilinear import BilinearTensor
 from .decompositions import Eigen, eigen
 from .matrices import output_gram
 from .records import Record
-from .tables import sliced, taken
+from .tables import number_of, sliced, taken
 
 _SCALE = 1e6  # of the objective: torch's L-BFGS ignores curvature below 1e-10
 _CHUNK = 10  # iterations between looks at the progress
@@ -40,7 +40,7 @@ class HOSVD(Record, rows="rank", unit="directions"):
 
     def __getitem__(self, which: Any) -> Any:
         """Return the decomposition with some of its directions, and the error that these leave; or one row."""
-        if isinstance(which, int):
+        if isinstance(which := number_of(which), int):
             return super().__getitem__(which)
         cut = sliced(self, which)
         core = replace(self.core, down=taken(self.core.down, 0, which))

@@ -25,7 +25,7 @@ from .screening import run
 from .search import Search, Wanted
 from .sharding import check_group, gather, of_the_first, share, share_findings
 from .state import State
-from .tables import sliced
+from .tables import number_of, sliced
 
 _COLUMNS = ("out", "left", "right", "value")
 _ALL = 2**62  # as many as an index can count
@@ -74,6 +74,7 @@ class Interactions(Record, rows="k", names={"out": "out", "left": "inp", "right"
         return iter((self.out, self.left, self.right, self.value))
 
     def __getitem__(self, which: Any) -> "Interactions | tuple[int, int, int, float]":
+        which = number_of(which)
         return tuple(part[which].item() for part in self) if isinstance(which, int) else sliced(self, which)
 
     def _replace(self, **changes) -> "Interactions":

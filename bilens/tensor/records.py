@@ -15,6 +15,7 @@ from .tables import (
     describe,
     facts_of,
     length_of,
+    number_of,
     row_of,
     sentence,
     sliced,
@@ -77,7 +78,7 @@ class Record(Tabular):
         Raises:
             IndexError: No such row.
         """
-        if not isinstance(which, int):
+        if not isinstance(which := number_of(which), int):
             return sliced(self, which)
         if not -len(self) <= which < len(self):
             raise IndexError(f"{type(self).__name__} has {len(self)} {unit_of(self)}, got row {which}")

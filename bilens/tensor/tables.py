@@ -161,6 +161,11 @@ def plural(word: str) -> str:
 # -- some of the rows --------------------------------------------------------------------------------------------------
 
 
+def number_of(which: Any) -> Any:
+    """Return what numbers one row as an `int`, also NumPy's and a tensor of one number; what names several as it is."""
+    return int(which) if getattr(which, "ndim", None) == 0 else which
+
+
 def sliced(record: Any, which: Any) -> Any:
     """Return some of the rows as a record of the same kind; its facts stay those of the whole."""
     if is_one(record):
