@@ -301,7 +301,7 @@ if {task!r} == "rank":
     B = model.blocks[0].mlp.tensor().detach()
     g = torch.Generator().manual_seed(0)
     out, inp = torch.randn(300, 16, generator=g), torch.randn(200, 16, generator=g)
-    print(bilens.top_interactions(B, 20, out, inp, memory=1 << 23, checkpoint={str(folder)!r}).value.tolist())
+    print(bilens.top_interactions(B, 20, out, inp, memory=1 << 26, checkpoint={str(folder)!r}).value.tolist())
 else:
     import bilens.saes.collecting
     bilens.saes.collecting.CHUNK = 4

@@ -282,7 +282,8 @@ class History(Record, rows="epoch", along=("loss", "accuracy")):
     seconds: float
 
     def __repr__(self) -> str:
-        return f"History({len(self.loss)} epochs, loss {self.loss[-1]:.4g}, {self.seconds:.0f} s)"
+        last = f", loss {self.loss[-1]:.4g}" if len(self.loss) else ""
+        return f"History({len(self.loss)} epochs{last}, {self.seconds:.0f} s)"
 
 
 def add_noise(

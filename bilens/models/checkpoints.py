@@ -163,7 +163,7 @@ def save(model: BilinearTransformer, folder: str | os.PathLike[str], layout: Lit
         tokenizer = set() if model.tokenizer is None else save_tokenizer(model.tokenizer, folder, stack)
         if layout is not None and not (folder / "README.md").exists():
             card = stack.enter_context(atomic_write(folder / "README.md"))
-            card.write_text(model_card(model, str(folder), layout=layout), encoding="utf-8")
+            card.write_text(model_card(model, folder.resolve().name, layout=layout), encoding="utf-8")
     for name in {*TOKENIZER_FILES, GENERATION} - tokenizer - ({GENERATION} if model.generation else set()):
         (folder / name).unlink(missing_ok=True)
 

@@ -179,7 +179,7 @@ class Generation(TextInterface, Splicing):
             if not 0 <= index < self.cfg.d_vocab:
                 raise ValueError(f"eos_token_id must hold ids from 0 to {self.cfg.d_vocab - 1}, got {index}")
         own = None if self.tokenizer is None or len(ends) == 1 else self.tokenizer.eos_token_id
-        return ends, own if own is not None else next(iter(ends), 0)
+        return ends, own if own is not None and own < self.cfg.d_vocab else next(iter(ends), 0)
 
     def _prompt(self, input: Any, mask: Tensor | None, prepend_bos: bool | None, padding_side: str | None) -> "_Prompt":
         if padding_side not in ("left", "right", None):

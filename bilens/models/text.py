@@ -101,7 +101,7 @@ class TextInterface:
         names = self.tokenizer.convert_tokens_to_ids(["[PAD]", "<pad>", "<|pad|>"])
         named = [i for i in names if i is not None and i != self.tokenizer.unk_token_id]
         told = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *named)
-        return tuple(dict.fromkeys(i for i in told if i is not None))
+        return tuple(dict.fromkeys(i for i in told if i is not None and i < self.cfg.d_vocab))
 
     def _special_id(self, role: Literal["bos", "eos"]) -> int:
         found = getattr(self._tokenizer, f"{role}_token_id")
@@ -323,7 +323,10 @@ class TextInterface:
             tokens = self.to_single_token(tokens)
         elif is_text(tokens):
             tokens = [self.to_single_token(token) for token in tokens]
-        return trained_logit_directions(self, token_ids(tokens, "tokens"))
+        ids = token_ids(tokens, "tokens")
+        if len(bad := ids[(ids < 0) | (ids >= self.cfg.d_vocab)]):
+            raise ValueError(f"tokens must hold ids from 0 to {self.cfg.d_vocab - 1}, got {int(bad[0])}")
+        return trained_logit_directions(self, ids)
 
 
 def check_unicode(texts: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilens.circuits.attribution import Attribution
 from bilens.circuits.traces import Trace
 from bilens.models.sources import read_json
-from bilens.tensor.keeping import atomic_write
+from bilens.tensor.keeping import atomic_write, user_path
 
 LIST = "graph-metadata.json"
 FEATURE = "cross layer transcoder"  # what the format calls a node that is a feature
@@ -111,7 +111,7 @@ def write_graph(attribution: Attribution, path: str | Path, **options: Any) -> N
     Raises:
         ValueError: As for `graph`; or there is a `graph-metadata.json` that is no list of graphs.
     """
-    path = Path(path)
+    path = user_path(path)
     drawn = graph(attribution, **{"slug": path.stem, **options})
     listed = _listed(path.with_name(LIST), drawn["metadata"])
     for where, what in ((path, drawn), (path.with_name(LIST), listed)):

@@ -93,7 +93,7 @@ def publish(
     told = (fingerprint(written), casts(written)) if shelf else ()
     for one in shelf:
         _write(one, folder / FOLDER / one.name, *told)
-    card = model_card(written, name or str(folder), facts, layout=layout, saes=_table(shelf))
+    card = model_card(written, name or folder.resolve().name, facts, layout=layout, saes=_table(shelf))
     with atomic_write(folder / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")
     return folder
