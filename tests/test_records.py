@@ -293,6 +293,13 @@ def test_a_row_has_the_number_that_numpy_or_torch_gives(number):
     assert loss[number]["loss"] == 2.0
 
 
+def test_a_name_is_no_row():
+    found = saes.Evaluation(0.1, 3.0, 0.0, 2.0, 2.1, 9.0, 3.0, 100)
+    for record in (found, Interactions(*(torch.arange(3),) * 3, torch.rand(3))):
+        with pytest.raises(TypeError, match="rows must be a number, a slice, a mask or numbers, got 'figure'"):
+            record["figure"]  # as templates ask
+
+
 def test_what_is_no_record_is_refused():
     with pytest.raises(TypeError, match="record must be a result of bilens, got int"):
         plots.of(3)

@@ -162,7 +162,13 @@ def plural(word: str) -> str:
 
 
 def number_of(which: Any) -> Any:
-    """Return what numbers one row as an `int`, also NumPy's and a tensor of one number; what names several as it is."""
+    """Return what numbers one row as an `int`, also NumPy's and a tensor of one number; what names several as it is.
+
+    Raises:
+        TypeError: A string, which a tensor would take for a sequence (templates ask records for names in this way).
+    """
+    if isinstance(which, str):
+        raise TypeError(f"rows must be a number, a slice, a mask or numbers, got {which!r}")
     return int(which) if getattr(which, "ndim", None) == 0 else which
 
 
