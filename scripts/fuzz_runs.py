@@ -257,8 +257,10 @@ def _check_left(bench: Bench) -> None:
     right(model.context_level == 0, f"context_level {model.context_level}")
     loss = model(bench.tokens, "loss").item()
     right(loss == bench.loss, f"loss {loss} against {bench.loss}")
-    partials = [path.name for path in (bench.folder / "case").rglob("*.partial")]
-    right(not partials, f"left behind: {partials}")
+    partials = list((bench.folder / "case").rglob("*.partial"))
+    for path in partials:
+        path.unlink()
+    right(not partials, f"left behind: {[path.name for path in partials]}")
 
 
 def _traced(call: Callable[[], Any], stop: int | None) -> int:
