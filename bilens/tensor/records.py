@@ -1,7 +1,7 @@
 """Records: what results of all kinds can do, and how a class says what its rows are."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -49,17 +49,9 @@ class Record(Tabular):
 
     __slots__ = ()
 
-    def __init_subclass__(
-        cls,
-        rows: str | None = None,
-        held: str | None = None,
-        along: Sequence[str] = (),
-        tells: Sequence[str] = (),
-        names: Mapping[str, str] | None = None,
-        unit: str = "",
-    ) -> None:
+    def __init_subclass__(cls, **said: Any) -> None:
         super().__init_subclass__()
-        describe(cls, rows, held, along, tells, names, unit)
+        describe(cls, **said)
 
     def columns(self) -> dict[str, Any]:
         """Return the columns by name: tensors whose first axis is the rows, or sequences."""
