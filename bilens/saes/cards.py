@@ -22,6 +22,7 @@ from bilens.tensor.records import Record, tabular
 from bilens.tensor.tables import Made, number_of
 
 from .cardfiles import casts_told, read_card_file
+from .checks import LENS_FILES
 from .naming import WIDEST, Label, label_of, word
 from .peaks import Contexts
 from .rolescores import Role, RoleScores
@@ -306,7 +307,7 @@ def read_cards(path: Path, model: BilinearTransformer) -> FeatureCards:
 
 def _casts_beside(path: Path, digest: str) -> dict[str, str]:
     """Return the fingerprints of casts of the model that the SAE beside some cards tells, if it was fitted to it."""
-    config = path.parent / "cfg.json"
+    config = path.parent / LENS_FILES[0]
     metadata = read_json(config).get("metadata") if regular(config) else None
     told = metadata.get("settings") if isinstance(metadata, dict) else None
     return told.get("casts", {}) if isinstance(told, dict) and told.get("model") == digest else {}

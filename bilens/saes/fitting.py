@@ -19,10 +19,12 @@ from torch import Tensor
 
 from bilens.models.files import casts, fingerprint
 from bilens.models.sources import read_json
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
-from bilens.models.windows import Texts, Windows, observed
+from bilens.models.windows import Windows, observed
 from bilens.tensor.keeping import atomic_write, checksum_of, damaged, user_path
 
+from .checks import LENS_FILES
 from .kinds import KINDS, finished, untrained
 from .stored import load, save, unit_rows
 
@@ -145,7 +147,7 @@ def fit(
     windows = Windows.of(model, dataset)
     stream = ActivationStream(model, windows, hooks, recipe.batch, recipe.seed, chunk=128)
     settings = {"hooks": list(hooks), **asdict(recipe), "model": fingerprint(model), "data": _hash(windows)}
-    if all((folder / hook / "cfg.json").exists() for hook in hooks):
+    if all((folder / hook / LENS_FILES[0]).exists() for hook in hooks):
         saes = {hook: load(folder, hook).to(device) for hook in hooks}
         if any(_asked(sae.cfg.metadata.settings) != settings for sae in saes.values()):
             raise ValueError(f"folder {folder} holds SAEs fitted with other data or arguments; give another one")

@@ -8,6 +8,7 @@ from bilens.tensor.keeping import user_path
 
 from . import stored
 from .catalogue import Catalogue, catalogue
+from .checks import LENS_FILES
 from .directions import here
 from .stored import SAE
 
@@ -27,7 +28,7 @@ def load(name: str | Path, hook: str, *, revision: str | None = None) -> SAE:
         ValueError: Several SAEs read that hook point; the message lists their names.
     """
     folder = user_path(name)
-    if name == EMBEDDED or (folder.is_dir() and (folder / hook / "cfg.json").is_file()):
+    if name == EMBEDDED or (folder.is_dir() and (folder / hook / LENS_FILES[0]).is_file()):
         if revision is not None:
             raise ValueError(f"revision goes with a Hub repository, got {revision!r} for {name}")
         return stored.load(name if name == EMBEDDED else folder, hook)
