@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.models.logits import logit_directions
-from bilens.models.windows import Texts, Windows
+from bilens.models.texts import Texts
+from bilens.models.windows import Windows
 from bilens.tensor.records import Record
 from bilens.tensor.statistics import pearson
 

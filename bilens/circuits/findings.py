@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.models.windows import Texts
+from bilens.models.texts import Texts
 from bilens.tensor.interactions import Interactions
 from bilens.tensor.records import Record, Rows
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.models.windows import Texts, Windows
+from bilens.models.texts import Texts
+from bilens.models.windows import Windows
 from bilens.saes.naming import word
 from bilens.saes.wording import logit_effects
 from bilens.tensor.defaults import FactorFeatures, Method, Modified, Side, default_features, most_modified

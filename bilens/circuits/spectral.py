@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.models.windows import Texts, Windows
+from bilens.models.texts import Texts
+from bilens.models.windows import Windows
 from bilens.tensor.bilinear import homogeneous
 from bilens.tensor.extremes import two_strongest
 from bilens.tensor.interactions import Interactions, top_interactions

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from bilens.models.windows import Texts, Windows
+from bilens.models.texts import Texts
+from bilens.models.windows import Windows
 from bilens.tensor.bilinear import homogeneous
 from bilens.tensor.records import Record
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .text import token_ids
-from .texts import Texts as Texts
-from .texts import rows_of, text_of
+from .texts import Texts, rows_of, text_of
 from .transformer import BilinearTransformer
 
 

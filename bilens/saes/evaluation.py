@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
-from bilens.models.windows import Texts, Windows, layer_of, observed
+from bilens.models.windows import Windows, layer_of, observed
 from bilens.tensor.records import Record
 
 from .directions import check_stands, hook_of

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
-from bilens.models.windows import Texts, Windows, observed
+from bilens.models.windows import Windows, observed
 from bilens.tensor.records import Record
 from bilens.tensor.tables import Made
 

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
-from bilens.models.windows import Texts, Windows, layer_of
+from bilens.models.windows import Windows, layer_of
 
 from .directions import hook_of
 from .evaluation import reconstruct, splice
