@@ -76,6 +76,11 @@ def share(room: int, wanted: Sequence[int]) -> list[int]:
     return [widths[i] for i in range(len(wanted))]
 
 
+def short(label: str, length: int = 26) -> str:
+    """Cut a label that is longer than an axis or a column has room for."""
+    return label if len(label) <= length else f"{label[: length - 1]}…"
+
+
 def print_line(console: Console, text: str) -> None:
     """Print a line as it is: no markup is read in it, and it is not broken, so that a path can be copied."""
     console.print(Text(text), soft_wrap=True)

@@ -49,11 +49,6 @@ def rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-def short(label: str, length: int = 26) -> str:
-    """Cut a label that is longer than an axis has room for."""
-    return label if len(label) <= length else label[: length - 1] + "…"
-
-
 def bars(values: Mapping[str, float], title: str, unit: str, marked: Sequence[str] = ()) -> go.Figure:
     """Draw one bar per name.
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bilens.tensor.tables import Tabular, is_one, length_of, unit_of
 
-from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, draw, rounded, short
+from .columns import short
+from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, draw, rounded
 
 _BARS, _LINES = 20, 4  # rows that each have a bar; columns that each have a line
 _MOST = 2000  # points of a line

@@ -34,7 +34,8 @@ from bilens.tensor.spectra import Eigenspace
 from bilens.tensor.tables import Tabular
 
 from . import imageplots, tensorplots
-from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, bars, draw, rounded, shaded, short
+from .columns import short
+from .figures import DIVERGING, INK, NEGATIVE, NEUTRAL, POSITIVE, bars, draw, rounded, shaded
 from .generic import table
 from .labels import Box, place, size
 

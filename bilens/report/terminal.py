@@ -14,7 +14,7 @@ from bilens.saes.cards import Card, FeatureCards
 from bilens.tensor.interactions import Interactions
 from bilens.tensor.tables import Tabular
 
-from .columns import print_line, print_table
+from .columns import print_line, print_table, short
 
 _WIDEST = 44  # characters of a name
 
@@ -24,7 +24,10 @@ def _ranked(console: Console, title: str, record: Tabular, shown: Mapping[str, s
     columns = record.columns()
     names = zip(*(columns[name] for name in shown), strict=True) if columns else ()
     values = columns.get("value", ())
-    rows = [(*map(_short, row), f"{float(value):{spec}}") for row, value in zip(names, values, strict=True)]
+    rows = [
+        (*(short(name, _WIDEST) for name in row), f"{float(value):{spec}}")
+        for row, value in zip(names, values, strict=True)
+    ]
     print_table(console, title, tuple(shown.values()), (number,), rows)
 
 
@@ -47,7 +50,7 @@ def print_findings(console: Console, found: Discoveries, findings: Sequence[Find
         values = [f"{value:+.2f}" for value in one.values[:2].tolist()]
         percentile = "-" if one.tested is None else f"{one.tested.percentile['kl']:.0f}"
         numbers = (*motif, *values, f"{one.prediction.pearson_active:.2f}", percentile)
-        rows.append((_short(f"{one.feature} {one.label}", 36), *numbers))
+        rows.append((short(f"{one.feature} {one.label}", 36), *numbers))
     print_table(console, title, ("output feature",), ("motif", "q", "λ₁", "λ₂", "r active", "KL pct."), rows)
 
 
@@ -116,8 +119,8 @@ def print_cards(console: Console, made: FeatureCards, found: Sequence[Card]) -> 
     if len(found) > 3:
         rows = [
             (
-                _short(f"{card.feature} {card.name}"),
-                _short(", ".join(list(card.promoted)[:4])),
+                short(f"{card.feature} {card.name}", _WIDEST),
+                short(", ".join(list(card.promoted)[:4]), _WIDEST),
                 f"{100 * card.density:.2f} %",
                 *(f"{value:.2f}" for value in card.auroc.values()),
             )
@@ -136,7 +139,3 @@ def print_cards(console: Console, made: FeatureCards, found: Sequence[Card]) -> 
             console.print(f"  {verb} {tokens or 'nothing'}", markup=False)
         for context in card.contexts:
             console.print(f"    {context}", markup=False)
-
-
-def _short(name: str, most: int = _WIDEST) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
