@@ -58,10 +58,12 @@ def _contexts(stored: FeatureCards, feature: int, n: int = 6) -> Iterator[list[W
     strongest = contexts.values[feature].max().item() or 1.0
     windows = zip(contexts.tokens[feature, :n].tolist(), contexts.values[feature, :n].tolist(), strict=True)
     for tokens, values in windows:
-        words = []
-        for at, (token, value) in enumerate(zip(tokens, values, strict=True)):
-            if token >= 0:
-                (text,), shade = model.spellings([token]), max(value, 0) / strongest
-                words.append(Word(text, shade, at == contexts.peak, f"{value:.2f}"))
+        there = [at for at, token in enumerate(tokens) if token >= 0]
+        texts = model.spellings(tokens[at] for at in there)
+        shades = [max(values[at], 0) / strongest for at in there]
+        words = [
+            Word(text, shade, at == contexts.peak, f"{values[at]:.2f}")
+            for at, text, shade in zip(there, texts, shades, strict=True)
+        ]
         if words:
             yield words

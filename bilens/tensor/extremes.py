@@ -24,19 +24,21 @@ def two_strongest(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Floa
 def _by_bisection(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:
     from scipy.linalg import get_lapack_funcs  # a tenth of a second to import
     from scipy.linalg.lapack import dstebz
+    from threadpoolctl import threadpool_limits
 
     (sytrd,) = get_lapack_funcs(("sytrd",), dtype=M.numpy().dtype)
     d, found = M.shape[-1], []
-    for matrix in M.numpy():
-        _, diagonal, beside, _, info = sytrd(matrix.T, lower=0, lwork=32 * d)  # the transpose, as Fortran has it
-        if info or not (total := float(diagonal.astype("f8") @ diagonal + 2 * (beside.astype("f8") @ beside))):
-            found.append((0.0, 0.0, total if info == 0 else float("nan")))
-            continue
-        ends = []
-        for low, high in ((1, 2), (d - 1, d)):
-            _, values, *_ = dstebz(diagonal, beside, 2, 0.0, 0.0, low, high, _TOLERANCE * total**0.5, "E")
-            ends += values[:2].tolist()
-        one, two = sorted(ends, key=abs, reverse=True)[:2]
-        found.append((one, two, max(0.0, total - one * one - two * two) / (d - 2)))
+    with threadpool_limits(1, "blas"):  # on matrices of this size its threads wait for each other, and for torch's
+        for matrix in M.numpy():
+            _, diagonal, beside, _, info = sytrd(matrix.T, lower=0, lwork=32 * d)  # the transpose, as Fortran has it
+            if info or not (total := float(diagonal.astype("f8") @ diagonal + 2 * (beside.astype("f8") @ beside))):
+                found.append((0.0, 0.0, total if info == 0 else float("nan")))
+                continue
+            ends = []
+            for low, high in ((1, 2), (d - 1, d)):
+                _, values, *_ = dstebz(diagonal, beside, 2, 0.0, 0.0, low, high, _TOLERANCE * total**0.5, "E")
+                ends += values[:2].tolist()
+            one, two = sorted(ends, key=abs, reverse=True)[:2]
+            found.append((one, two, max(0.0, total - one * one - two * two) / (d - 2)))
     one, two, others = torch.tensor(found, dtype=torch.float64).unbind(1)
     return torch.stack((one, two), 1).to(M), others.to(M)
