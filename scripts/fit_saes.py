@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", help="which layers (default: all)")
     parser.add_argument("--expansion", type=int, default=4)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--kind", default="topk", help="topk (the only one that is fine-tuned), or another of Recipe")
     parser.add_argument("--tokens", type=float, default=5e6, help="activations to train on")
     parser.add_argument("--finetune-below", type=float, default=0.92, help="fine-tune SAEs that recover less loss")
     parser.add_argument("--finetune-tokens", type=float, default=2.5e5, help="tokens to fine-tune them on")
@@ -58,7 +59,7 @@ def main() -> None:
         shuffled[: args.texts],
         hooks,
         args.out,
-        saes.Recipe(args.expansion, args.k, int(args.tokens), args.batch, args.lr, args.seed, autocast=True),
+        saes.Recipe(args.expansion, args.k, int(args.tokens), args.batch, args.lr, args.seed, True, args.kind),
     )
     evaluation_file = args.out / "evaluation.json"
     done = read_record(evaluation_file)
@@ -67,7 +68,7 @@ def main() -> None:
         if hook not in done:
             done[hook] = finish(model, fitted[hook], args.out / hook, test)
             write_record(evaluation_file, done)
-        if done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
+        if args.kind == "topk" and done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
             sae = saes.load(args.out, hook)
             tuning = saes.Tuning(tokens=int(args.finetune_tokens), autocast=True)
             saes.finetune(model, sae, shuffled[: args.texts // 8], tuning=tuning)

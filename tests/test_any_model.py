@@ -77,7 +77,12 @@ def test_cards_are_found_by_the_weights_they_are_of(place, make_model):
     assert torch.equal(again.contexts.tokens, made.contexts.tokens)
     assert again.provenance == made.provenance
     assert cached_cards(model, random_sae("blocks.1.hook_resid_mid", seed=1).float()) is None
-    assert cached_cards(make_model(seed=1, dtype=torch.float32), sae) is None
+    other = make_model(seed=1, dtype=torch.float32)
+    assert cached_cards(other, sae) is None
+    (cards_folder() / "damaged.safetensors").write_bytes(b"not cards")
+    assert cached_cards(model, sae) is not None
+    with pytest.warns(UserWarning, match=r"were left out: .*damaged\.safetensors must be"):
+        assert cached_cards(other, sae) is None
 
 
 def test_killed_cards_resume(place, make_model, monkeypatch):

@@ -391,7 +391,7 @@ def test_what_the_hub_does_not_have_is_said(hub, model, tmp_path):
         ValueError, match=r"has no SAE at blocks.1.hook_mlp_out, for out; the nearest\n(.|\n)*0-mlp-out"
     ):
         FeatureLayer.load(model, 1, SCOPE)
-    with pytest.raises(FileNotFoundError, match="has no SAE '1-mlp-out-x2-k7'; it has 2, the nearest: "):
+    with pytest.raises(FileNotFoundError, match="has no SAE for '1-mlp-out-x2-k7'; it has 2, the nearest: "):
         FeatureLayer.load(model, 1, SCOPE, out="1-mlp-out-x2-k7")
 
 

@@ -250,6 +250,10 @@ def test_a_model_that_one_thread_has_hooked_is_refused_to_another(make_model):
         ):
             assert "thread 'the other' needs its own copy" in in_a_thread(run)[0]
         model.run_with_cache(TOKENS)  # the same thread may
+    with model.saes():
+        assert "inside hooks, saes," in in_a_thread(lambda: model(TOKENS))[0]
+        model.run_with_saes(TOKENS)
+    assert not in_a_thread(lambda: model.run_with_saes(TOKENS))
     assert not in_a_thread(lambda: model.run_with_hooks(TOKENS, fwd_hooks=hook))
     assert torch.equal(model(TOKENS), plain)
 

@@ -266,7 +266,7 @@ def test_saes_that_the_hub_does_not_have_are_rows_that_say_so(served, command, c
     end = run(command())
     assert "rows were not measured" in end
     printed = capsys.readouterr().out
-    assert f"| ts-medium | circuit |  | not measured | {SCOPE} has no SAE '4-resid-mid-x4-k30'" in printed
+    assert f"| ts-medium | circuit |  | not measured | {SCOPE} has no SAE for '4-resid-mid-x4-k30'" in printed
     assert "| ts-medium | loss, nats per token (appendices G, I) | 1.337 |" in printed
 
 

@@ -1,6 +1,6 @@
 """Hook points by name: which there are, what each sees, and running with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
@@ -196,15 +196,26 @@ class Hooked(HookedRootModule):
         if not self.levels:
             self.hooking = None
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the model to this thread for the length of a `with` block: in another it refuses to run.
+
+        Raises:
+            RuntimeError: Another thread has this model hooked.
+        """
+        with self.hooks():
+            self.hooking = get_ident()
+            yield
+
     def check_thread(self) -> None:
         """Raise a RuntimeError if another thread has this model hooked."""
         if self.hooking is None or torch.compiler.is_compiling():  # a graph is traced for any thread
             return
         if self.hooking != get_ident():
             raise RuntimeError(
-                f"this model is hooked by another thread (it is inside hooks, run_with_hooks or run_with_cache there), "
-                f"whose hooks would see this run: thread {current_thread().name!r} needs its own copy of the model "
-                f"(copy.deepcopy)"
+                f"this model is hooked by another thread (it is inside hooks, saes, run_with_hooks or run_with_cache "
+                f"there), whose hooks would see this run: thread {current_thread().name!r} needs its own copy of the "
+                f"model (copy.deepcopy)"
             )
 
     def get_caching_hooks(self, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:

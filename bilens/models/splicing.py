@@ -165,15 +165,19 @@ class Splicing(HookedModel):
             reset_saes_end: Whether to take them out at the end, also after an exception.
             use_error_term: Add what the SAEs get wrong.
             exclude_special_tokens: Leave BOS, EOS and padding as they are.
+
+        Raises:
+            RuntimeError: Another thread has this model hooked, or SAEs in it.
         """
-        before = dict(self._splices)
-        try:
-            for sae in [saes] if isinstance(saes, nn.Module) else saes:
-                self.add_sae(sae, use_error_term, exclude_special_tokens)
-            yield self
-        finally:
-            if reset_saes_end:
-                self._restore(before)
+        with self.alone():
+            before = dict(self._splices)
+            try:
+                for sae in [saes] if isinstance(saes, nn.Module) else saes:
+                    self.add_sae(sae, use_error_term, exclude_special_tokens)
+                yield self
+            finally:
+                if reset_saes_end:
+                    self._restore(before)
 
     def _restore(self, before: dict[str, tuple[Splice, str]]) -> None:
         for name, pair in list(self._splices.items()):

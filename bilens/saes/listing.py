@@ -1,5 +1,7 @@
 """What files a folder or a Hub repository has."""
 
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import huggingface_hub
@@ -23,7 +25,7 @@ def list_files(source: Source, ends: tuple[str, ...]) -> tuple[dict[str, int | N
         return _in_folder(source.folder, ends), source.name
     try:
         hub = huggingface_hub.HfApi()
-        entries = list(hub.list_repo_tree(source.name, recursive=True, revision=source.revision))
+        entries = list(hub.list_repo_tree(source.name, recursive=True, revision=source.revision, repo_type=source.kind))
     except _UNREACHABLE as error:
         if getattr(getattr(error, "response", None), "status_code", 500) < 500:
             source.optional("README.md")  # raises what is wrong with the repository or the revision
@@ -33,6 +35,13 @@ def list_files(source: Source, ends: tuple[str, ...]) -> tuple[dict[str, int | N
     return dict(sorted(found.items())), source.name
 
 
+def no_sae(name: str, where: str | Path, names: Sequence[str], others: Iterable[str] = ()) -> str:
+    """Say that a place has no SAE of that name, and which come near; `others` are what its SAEs are called besides."""
+    known = [*names, *dict.fromkeys(others)]
+    near = get_close_matches(name, known, n=4, cutoff=0.3) or known[:8]
+    return f"{where} has no SAE for {name!r}; it has {len(names)}, the nearest: {', '.join(near) or 'none'}"
+
+
 def _in_folder(folder: Path, ends: tuple[str, ...]) -> dict[str, int | None]:
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.stat().st_size for name, path in sorted(paths.items()) if name.endswith(ends)}
@@ -40,7 +49,9 @@ def _in_folder(folder: Path, ends: tuple[str, ...]) -> dict[str, int | None]:
 
 def _in_cache(source: Source, ends: tuple[str, ...]) -> dict[str, int | None]:
     try:
-        folder = huggingface_hub.snapshot_download(source.name, revision=source.revision, local_files_only=True)
+        folder = huggingface_hub.snapshot_download(
+            source.name, revision=source.revision, repo_type=source.kind, local_files_only=True
+        )
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{source.name} is not in the local cache and the Hub cannot be reached (offline mode, HF_HUB_OFFLINE, or "

@@ -1,15 +1,15 @@
 """An SAE by the name of a place and a hook point."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from bilens.models.sources import EMBEDDED
 from bilens.tensor.keeping import user_path
 
 from . import stored
-from .catalogue import Catalogue, catalogue
+from .catalogue import catalogue
 from .checks import LENS_FILES
 from .directions import here
+from .listing import no_sae
 from .stored import SAE
 
 
@@ -39,11 +39,6 @@ def load(name: str | Path, hook: str, *, revision: str | None = None) -> SAE:
             f"hook must name one of the SAEs that read {hook} in {there.where}: {', '.join(one.name for one in named)}"
         )
     if not named:
-        raise FileNotFoundError(_none(there, hook))
+        hooks = [one.hook for one in there if one.hook]
+        raise FileNotFoundError(no_sae(hook, there.where, [one.name for one in there], hooks))
     return named[0].load()
-
-
-def _none(there: Catalogue, hook: str) -> str:
-    names = [*(one.name for one in there), *dict.fromkeys(one.hook for one in there if one.hook)]
-    near = get_close_matches(hook, names, n=4, cutoff=0.3) or names[:8]
-    return f"{there.where} has no SAE for {hook!r}; it has {len(there)}, the nearest: {', '.join(near) or 'none'}"

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from bilens.models.files import fingerprint, known_as
+from bilens.models.sources import CheckpointError
 from bilens.models.transformer import BilinearTransformer
 from bilens.tensor.keeping import user_path
 
@@ -47,7 +49,11 @@ def cached_cards(model: BilinearTransformer, sae: "SAE") -> FeatureCards | None:
 
 def _of_cast(path: Path, model: BilinearTransformer, sae: "SAE") -> bool:
     """Tell whether cards are of an SAE on what a model was before it was cast."""
-    told = header(path)["provenance"]
+    try:
+        told = header(path)["provenance"]
+    except CheckpointError as error:  # cards of something else, for all one knows: they must not be in the way
+        warnings.warn(f"cards in the cache were left out: {error}", stacklevel=2)
+        return False
     return told["sae"] == fingerprint(sae) and known_as(model, told["model"], casts_told(told)) is not None
 
 

@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from bilens.tensor.keeping import atomic_write, user_path
 
 from .arrays import ArraySAE  # noqa: F401 - SAELens must know the kind to load one
 from .checks import LENS_FILES, check_k, check_lens_folder, check_shapes
-from .listing import list_files
+from .listing import list_files, no_sae
 
 SCOPE_FILES = ("config.json", "model.safetensors")
 FOLDER = "saes"  # where they lie in the folder or repository of a model
@@ -173,7 +172,7 @@ def _scope_folder(repo_or_folder: str | Path, name: str, revision: str | None) -
         return paths[0].parent
     files, where = list_files(source, ("/model.safetensors",))
     names = sorted({Path(file).parent.name for file in files})
-    raise FileNotFoundError(_no_sae(name, where, names))
+    raise FileNotFoundError(no_sae(name, where, names))
 
 
 def scope_hook(point: str, layer: int) -> str:
@@ -186,11 +185,6 @@ def scope_hook(point: str, layer: int) -> str:
     if name not in POINTS:
         raise CheckpointError(f"point must be one of {', '.join(POINTS)}, got {point!r}")
     return f"blocks.{layer}.{POINTS[name]}"
-
-
-def _no_sae(name: str, where: str | Path, names: Sequence[str]) -> str:
-    near = get_close_matches(name, names, n=4, cutoff=0.3) or names[:8]
-    return f"{where} has no SAE {name!r}; it has {len(names)}, the nearest: {', '.join(near) or 'none'}"
 
 
 def load(name: str | Path, hook: str, *, revision: str | None = None) -> SAE:
@@ -242,7 +236,7 @@ def sae_folder(name: str | Path, hook: str, files: Sequence[str] = LENS_FILES, *
     root = source.folder / FOLDER if (source.folder / FOLDER).is_dir() else source.folder
     if regular(root / hook / LENS_FILES[0]) is None:
         there = sorted(path.parent.name for path in root.glob(f"*/{LENS_FILES[0]}"))
-        raise FileNotFoundError(f"{root} has no SAE for {hook!r}; it has {', '.join(there) or 'none'}")
+        raise FileNotFoundError(no_sae(hook, root, there))
     return root / hook
 
 
@@ -255,7 +249,7 @@ def _on_hub(source: Source, hook: str, files: Sequence[str]) -> Path:
                 source.optional(f"{inside}/{file}")
             return config.parent
     there = sorted(Path(file).parent.name for file in list_files(source, (f"/{LENS_FILES[0]}",))[0])
-    raise FileNotFoundError(f"{source.name} has no SAE for {hook!r}; it has {', '.join(there) or 'none'}")
+    raise FileNotFoundError(no_sae(hook, source.name, there))
 
 
 def load_release(release: str, name: str) -> SAE:
@@ -266,7 +260,7 @@ def load_release(release: str, name: str) -> SAE:
     """
     there = releases().get(release, ())
     if name not in there:
-        raise FileNotFoundError(_no_sae(name, f"SAELens' release {release!r}", sorted(there)))
+        raise FileNotFoundError(no_sae(name, f"SAELens' release {release!r}", sorted(there)))
     return SAE.from_pretrained(release, name, device="cpu").eval()
 
 
