@@ -30,10 +30,14 @@ SLOW = {  # they train models, start processes, or open a browser
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of slow files, which CI runs once and not in every mode."""
+    """Mark the tests of slow files, which CI runs once and not in every mode; they begin first.
+
+    A file is one worker's, so that a slow one among the last would be waited for.
+    """
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.stem not in SLOW)
 
 
 WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "mat", "once", "upon", "time", "and", "saw", "big", "little")
