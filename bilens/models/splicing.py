@@ -86,7 +86,9 @@ class Splicing(HookedModel):
 
     @property
     def _splices(self) -> dict[str, tuple[Splice, str]]:
-        return self.__dict__.setdefault("_spliced", {})
+        if "_spliced" not in self.__dict__:  # torch 2.6 compiles no `setdefault` of it
+            self._spliced = {}
+        return self._spliced
 
     def add_sae(
         self, sae: SAE, use_error_term: bool | None = None, exclude_special_tokens: bool | Sequence[int] = False

@@ -42,7 +42,7 @@ TOKENS = 10  # by logit effect, of either sign
 @torch.no_grad()
 def collect(
     model: BilinearTransformer,
-    saes: Mapping[str, "SAE"],
+    saes: "Mapping[str, SAE]",
     dataset: Texts,
     *,
     folder: str | Path | None = None,
@@ -239,7 +239,7 @@ def _chain(texts: Iterable[_Text], digest: str) -> str:
 
 
 def _take_in(
-    model: BilinearTransformer, saes: Mapping[str, "SAE"], roles: Roles | None, run: _Run, texts: Sequence[_Text]
+    model: BilinearTransformer, saes: "Mapping[str, SAE]", roles: Roles | None, run: _Run, texts: Sequence[_Text]
 ) -> None:
     """Run some texts and count."""
     run.n_texts, run.digest = run.n_texts + len(texts), _chain(texts, run.digest)

@@ -59,7 +59,7 @@ def _of_cast(path: Path, model: BilinearTransformer, sae: "SAE") -> bool:
 
 def keep_cards(
     model: BilinearTransformer,
-    saes: Sequence["SAE"],
+    saes: "Sequence[SAE]",
     dataset: Iterable[str | Mapping[str, Any] | None],
     source: str,
     *,
@@ -102,6 +102,6 @@ def keep_cards(
     return [made[id(sae)] for sae in saes]
 
 
-def _digest(model: BilinearTransformer, saes: Mapping[str, "SAE"], source: str, label: str | None) -> str:
+def _digest(model: BilinearTransformer, saes: "Mapping[str, SAE]", source: str, label: str | None) -> str:
     parts = [fingerprint(model), source, str(label), *(f"{hook} {fingerprint(sae)}" for hook, sae in saes.items())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
