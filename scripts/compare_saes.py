@@ -72,7 +72,7 @@ def compared(
     if done.exists():
         return json.loads(done.read_text())
     fitted = saes.fit(model, train, args.hooks, folder, recipe)
-    cards = saes.collect(model, fitted, rows_of(args, spared=False), folder / "cards", roles=roles_of(args))
+    cards = saes.collect(model, fitted, rows_of(args, spared=False), folder=folder / "cards", roles=roles_of(args))
     rows = []
     for hook, sae in fitted.items():
         found = saes.evaluate(model, sae, test)

@@ -121,10 +121,15 @@ def stream_of(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _checked(name: str, rows: Iterable[Any], column: str) -> Iterator[Any]:
-    """Yield rows, and name the file where one of them holds no text."""
-    for index, row in enumerate(rows):
-        text_of(row, index, column, name)
-        yield row
+    """Yield rows, and name the file where one of them holds no text, or none can be read."""
+    import pyarrow
+
+    try:
+        for index, row in enumerate(rows):
+            text_of(row, index, column, name)
+            yield row
+    except pyarrow.ArrowInvalid as error:  # with `datasets` before 5 columns of several types end here
+        raise ValueError(f"{name} must hold rows of one kind, but cannot be read: {error}") from error
 
 
 def _of_columns(columns: Mapping[str, Any], name: str, column: str) -> Iterator[Any]:
