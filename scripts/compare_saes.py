@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--hooks", nargs="+", default=["blocks.2.hook_mlp_in", "blocks.2.hook_mlp_out"])
     parser.add_argument("--tokens", type=float, default=5e5, help="activations to train each SAE on")
+    parser.add_argument("--batch", type=int, default=1024, help="activations to a step")
     parser.add_argument("--texts", type=int, default=8000, help="texts to draw them from")
     parser.add_argument("--test", type=int, default=60, help="held-out texts of each corpus to evaluate on")
     parser.add_argument("--runs", type=Path, required=True, help="folder for SAEs and progress")
@@ -55,7 +56,7 @@ def main() -> None:
     test = [text for texts in corpora for text in [t for t in texts if is_held_out(t, args.holdout)][: args.test]]
     rows = []
     for kind, k, x in tqdm(GRID, unit="SAEs"):
-        recipe = saes.Recipe(x, k, int(args.tokens), 1024, 1e-3, args.seed, kind=kind)
+        recipe = saes.Recipe(x, k, int(args.tokens), args.batch, 1e-3, args.seed, kind=kind)
         rows += compared(args, model, recipe, train[: args.texts], test)
     text = report(args, rows)
     print(text)

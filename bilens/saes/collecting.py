@@ -159,7 +159,7 @@ class _Tally:
         if self.roles is not None:
             self.roles.add(windows, marks, Active(row, position, feature, values, bins))
         sums = torch.bincount(row * z.shape[2] + feature, values.double(), minlength=len(z) * z.shape[2])
-        sums = sums.view(len(z), -1)
+        sums = sums.view(len(z), -1).to(self.total)  # of nothing it counts in integers
         self.total += sums.sum(0)
         return sums
 
