@@ -37,7 +37,7 @@ class Plan:
         candidates += 200 * min(wanted.per_output or 0, n_pairs) * n_out
         one_row = 3 * 4 * hidden * d
         one_matrix = 4 * d * d
-        one_output = 4 * d * d + (2 + packed) * d * d * item + n_in * (d * item + 40)
+        one_output = 4 * d * d + (2 + packed) * d * d * item + n_in * (d * item + 56)
         one_output += 0 if wanted.features is None else 12 * n_in
         one_tile = n_in * (item + 100)
         least = fixed + candidates + one_row + one_matrix + one_output + one_tile
@@ -73,9 +73,10 @@ class Space:
         self.piece = new(layer.hidden * plan.rows * d, dtype=torch.float32)
         self.part = new(plan.matrices * plan.rows * d, dtype=torch.float32)
         self.M = new(plan.matrices * d * d, dtype=torch.float32)
-        self.lost = new(n * d * d, dtype=torch.float32)
-        self.low, self.low_lost = new(n * d * d), new(n * d * d)
-        self.A = new(layer.n_in * n * d)
+        rounded = 0 if layer.dtype == torch.float32 else n * d * d
+        self.lost = new(rounded, dtype=torch.float32)
+        self.low, self.low_lost = new(rounded), new(rounded)
+        self.A = new((layer.n_in - layer.n_base) * n * d)
         self.S = new(plan.inputs * n * layer.n_in)
 
     def take(self, name: str, *shape: int) -> Tensor:
