@@ -110,11 +110,18 @@ def test_a_ranking_in_a_base_of_features_is_that_of_brute_force(seed, k, kind, s
         patch.setattr(scaled, "_ENOUGH", 1)
         patch.setattr(frames, "_STEEP", steep)
         patch.setattr(Plan, "of", in_pieces(g))
+        scale = 2.0**exponent
         found = top_interactions(
-            B, k, inp=inp * 2.0**exponent, screen=torch.float32, per_output=4, features=1, memory=memory
+            BilinearTensor(B.down, B.left * scale, B.right * scale),
+            k,
+            inp=inp * scale,
+            screen=torch.float32,
+            per_output=4,
+            features=1,
+            memory=memory,
         )
     expected = brute_force(B, inp=inp)
-    unit = 2.0 ** (2 * exponent)
+    unit = 2.0 ** (4 * exponent)
     assert [(value / unit, *at) for value, *at in listed(found)] == expected[:k]
     each = [pair for o in range(3) for pair in [p for p in expected if p[1] == o][:4]]
     assert [(value / unit, *at) for value, *at in listed(found.per_output)] == each

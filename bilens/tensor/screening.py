@@ -54,7 +54,6 @@ def _slices(n: int, size: int) -> Iterator[slice]:
 def _triangle(n: int, plan: Plan) -> Iterator[tuple[int, int, int]]:
     """Cut the upper triangle of n features: yield the first and last row of each tile, and its first column."""
     for start in range(0, n, plan.inputs):
-        # few shapes, since each has a kernel of its own
         yield start, min(start + plan.inputs, n), start // plan.align * plan.align
 
 
@@ -96,7 +95,7 @@ class Block:
         self.pools = search.pools() | {"all": so_far}
         self.scale = self.layer.scale[first : first + len(M)]
         self.before = {name: self._floor(name) for name in self.pools}
-        self.floors, self.limits = dict(self.before), dict.fromkeys(self.pools, 0)
+        self.floors, self.room = dict(self.before), {name: -len(pool) for name, pool in self.pools.items()}
         self.new: dict[str, list[Pool]] = {name: [] for name in self.pools}
         n_in, d = self.layer.writers.shape
         M_norm = torch.linalg.vector_norm(M, dim=(1, 2))
@@ -239,7 +238,8 @@ class Block:
         hit = ((upper >= floor) & (upper > self.before[name])).flatten().nonzero()[:, 0]
         for some in hit.split(look) if len(hit) else ():
             self.new[name].append(self._candidates(S, some, floor, slack, at))
-            if len(self.pools[name]) + sum(map(len, self.new[name])) > self.limits[name]:
+            self.room[name] -= len(self.new[name][-1])
+            if self.room[name] < 0:
                 self._prune(name)
 
     def _prune(self, name: str) -> Pool:
@@ -250,7 +250,7 @@ class Block:
         if self.search.coefficients.legs is None:  # float64 is dear
             pool = self._refined(self.search.strongest(pool, name, len(pool)))
         self.pools[name] = pool = self.search.strongest(pool, name, enough)
-        self.limits[name] = len(pool) + wanted + 4096
+        self.room[name] = wanted + 4096
         self.floors[name] = torch.maximum(self.floors[name], self._floor(name))
         return pool
 
