@@ -371,7 +371,7 @@ def test_one_nan_among_many_is_refused_rather_than_dropped():
 
 def test_products_less_exact_than_granted_are_noticed(monkeypatch):
     B, out, inp = medium()
-    monkeypatch.setattr(Block, "row_bounds", lambda self, *norms: 1e-9 * torch.ones(300, self.n))
+    monkeypatch.setattr(Block, "row_bounds", lambda self, *norms: 1e-9 * torch.ones(3, 300, self.n))
     with pytest.raises(RuntimeError, match=r"off by .* times its bound.*pass screen=torch\.float32"):
         top_interactions(B, 50, out, inp, screen=torch.bfloat16)
 

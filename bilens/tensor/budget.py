@@ -9,7 +9,7 @@ from torch import Tensor
 from .scaled import WIDTHS, Scaled
 from .search import Search
 
-_SHAPES = 24  # tiles of so many widths at most
+_SHAPES = 24  # tiles of so many widths at most, where each has a kernel of its own: in bfloat16
 _SCRATCH = 3 << 24  # bytes that the libraries take for themselves: buffers, 0.7 MB of kernel for each shape
 
 
@@ -37,7 +37,8 @@ class Plan:
         candidates += 200 * min(wanted.per_output or 0, n_pairs) * n_out
         one_row = 3 * 4 * hidden * d
         one_matrix = 4 * d * d
-        one_output = 4 * d * d + (2 + packed) * d * d * item + n_in * (d * item + 40)
+        rounded = 0 if item == 4 else (4 + 2 * item) * d * d  # copies of each matrix
+        one_output = rounded + packed * d * d * item + n_in * (d * item + 56)
         one_output += 0 if wanted.features is None else 12 * n_in
         one_tile = n_in * (item + 100)
         least = fixed + candidates + one_row + one_matrix + one_output + one_tile
@@ -53,11 +54,11 @@ class Plan:
         free -= (rows - 1) * one_row
         outputs = min(n_out, 64, 1 + free // 3 // one_output)
         free -= (outputs - 1) * one_output
-        matrices = min(n_out, max(outputs, min(256, free // 2 // one_matrix)))
+        matrices = min(n_out, max(outputs, min(256, free // 2 // one_matrix) // outputs * outputs))
         tile = max(1 << 22, 1024 * n_in)  # entries: small enough for the cache, enough rows for a fast product
         inputs = max(1, min(n_in, tile // (outputs * n_in), free // 8 // (n_in * item * outputs)))
         look = max(1, min(1 << 27, free // 8) // (n_in * 100))
-        align = -(-n_in // _SHAPES // inputs) * inputs
+        align = inputs if item == 4 else -(-n_in // _SHAPES // inputs) * inputs
         return cls(rows, cube, matrices, outputs, inputs, align, look)
 
 
@@ -73,9 +74,10 @@ class Space:
         self.piece = new(layer.hidden * plan.rows * d, dtype=torch.float32)
         self.part = new(plan.matrices * plan.rows * d, dtype=torch.float32)
         self.M = new(plan.matrices * d * d, dtype=torch.float32)
-        self.lost = new(n * d * d, dtype=torch.float32)
-        self.low, self.low_lost = new(n * d * d), new(n * d * d)
-        self.A = new(layer.n_in * n * d)
+        rounded = 0 if layer.dtype == torch.float32 else n * d * d
+        self.lost = new(rounded, dtype=torch.float32)
+        self.low, self.low_lost = new(rounded), new(rounded)
+        self.A = new((layer.n_in - layer.n_base) * n * d)
         self.S = new(plan.inputs * n * layer.n_in)
 
     def take(self, name: str, *shape: int) -> Tensor:

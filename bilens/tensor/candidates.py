@@ -40,8 +40,13 @@ class Pool:
         return Pool(**{name: part[which] for name, part in self.parts().items()})
 
     def __add__(self, other: "Pool") -> "Pool":
-        theirs = other.parts()
-        return Pool(**{name: torch.cat((part, theirs[name])) for name, part in self.parts().items()})
+        return self.joined([other])
+
+    def joined(self, others: "list[Pool]") -> "Pool":
+        """Return the candidates of this pool and then those of others."""
+        if not others:
+            return self
+        return Pool(**{name: torch.cat([getattr(pool, name) for pool in (self, *others)]) for name in PARTS})
 
     def floor(self, k: int) -> Tensor:
         """Return what the k-th strongest of the pool surely reaches, less what counts as a tie."""

@@ -55,6 +55,23 @@ class Frame:
         """Number of features that the base consists of."""
         return len(self.order) - len(self.rest)
 
+    def residual(self, D: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], float]:
+        """Bound what the writers differ from their sums of the base; return it, their norms, and what projecting takes.
+
+        The last is for the matrix of a term `left rightᵀ` in the base, projected in float64, as a part of
+        `|left| |right|`: `γ |base|²` from each factor, with `γ = d u` and float64's roundoff u. The sums that the
+        difference is measured by are off by as much. All zero in the residual basis.
+        """
+        exact, u = D.double(), torch.finfo(torch.float64).eps / 2
+        length, lost = torch.linalg.vector_norm(exact, dim=1), exact.new_zeros(len(D))
+        if not self.n_base:
+            return lost, length, 0.0
+        rest, base = self.rest.double(), self.base.double()
+        some, size = self.order[self.n_base :], float(torch.linalg.vector_norm(base))
+        off = torch.linalg.vector_norm(exact[some] - rest @ base, dim=1)
+        lost[some] = off + 2 * D.shape[1] * u * (size * torch.linalg.vector_norm(rest, dim=1) + length[some])
+        return lost, length, 4 * D.shape[1] * u * size**2
+
     def largest(
         self, M: Float[Tensor, "out r r"], numbers: int
     ) -> tuple[Float[Tensor, "out n"], Float[Tensor, "out n"]]:

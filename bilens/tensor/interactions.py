@@ -148,7 +148,9 @@ def top_interactions(  # more parameters than elsewhere: six answer how it is ru
         RuntimeError: The device's products are less exact than the bound grants them.
 
     Cost: per output feature `n_in² · inp` floating-point operations in the screening dtype (half of each symmetric
-    matrix), `2 n_in · inp²` for `A`, and its matrix.
+    matrix), `2 n_in · inp²` for `A`, and its matrix. In float32 and from 64 output features on, the first `inp` input
+    features, chosen by QR with pivots, are the basis (where no other is a sum of large multiples of them): the products
+    are then among the others, `n_in - inp` of them for `n_in` in both terms.
     """
     _check(B, {"k": k, "per_output": per_output, "features": features}, out, inp, screen)
     device, rates = B.down.device, None

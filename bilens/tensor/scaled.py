@@ -23,6 +23,9 @@ class Scaled:
     Input legs are padded with zeros to a multiple of `WIDTHS`. Screening in low precision multiplies the rounded
     `writers`; `writer_norm` and `writer_error` are what its bound needs to know of them. They stand in the order of
     `features`; the last `n_base` of them are unit vectors where the layer is in a basis made of features (`Frame`).
+    What such a basis takes is known too, beside `Σ_h |weight_h| terms_h` of an output: of a coefficient of writers i
+    and j at most `residual_i length_j + (length_i + residual_i) residual_j`, of the base's matrix `base_error`.
+    Both are zero without one.
     """
 
     exponent: int  # exact value = 2 ** exponent · scaled value
@@ -37,13 +40,23 @@ class Scaled:
     writer_norm: Float[Tensor, " n_in"]  # of each row of the rounded writers
     writer_error: Float[Tensor, " n_in"]  # norm of what the rounding took from each row
     fine_writers: Float[Tensor, "n_in width"]  # in float32, in the order that the features have by themselves
+    terms: Float[Tensor, " hidden"]  # |left_h| |right_h| before the change of basis, in float64
+    base_error: float  # of the projected factors, beside `terms`
+    residual: Float[Tensor, " n_in"]  # norm of what each writer differs from its sum of the base, in float64
+    length: Float[Tensor, " n_in"]  # norm of each writer itself
 
     @classmethod
     def of(cls, B: BilinearTensor, out: Tensor | None, inp: Tensor | None, dtype: torch.dtype) -> "Scaled":
         """Prepare a layer to be screened in some dtype."""
-        frame = _frame(B, B.out if out is None else len(out), inp, dtype)
+        D = torch.eye(B.inp, dtype=B.down.dtype, device=B.down.device) if inp is None else with_constant(inp, B)
+        D, e_inp = _scaled("inp", D)
+        frame = _frame(D, B.out if out is None else len(out), dtype)
+        residual, length, base_error = frame.residual(D)
+        terms = residual.new_zeros(B.hidden)
         if frame.n_base:
-            B = BilinearTensor(B.down.double(), *(f.double() @ frame.base.double().T for f in (B.left, B.right)))
+            norms = (torch.linalg.vector_norm(f.double(), dim=1) for f in (B.left, B.right))
+            terms = next(norms) * next(norms)
+            B = BilinearTensor(B.down.double(), *(f.double() @ frame.base.T for f in (B.left, B.right)))
         width = -(-B.inp // WIDTHS) * WIDTHS
         if out is None:
             readers, e_out = None, 0
@@ -53,7 +66,7 @@ class Scaled:
             down, e_down = _scaled("B.down", B.down)
         (left, e_left), (right, e_right) = _scaled("B.left", B.left), _scaled("B.right", B.right)
         eye = torch.eye(frame.n_base, dtype=frame.rest.dtype, device=down.device)
-        exact, e_inp = (torch.cat((frame.rest, eye)), 0) if frame.n_base else _scaled("inp", frame.rest)
+        exact = torch.cat((frame.rest, eye)) if frame.n_base else frame.rest
         features = frame.order.roll(-frame.n_base)  # the base last
         rounded = _padded(exact, width).to(dtype)
         norm = torch.linalg.vector_norm(rounded.to(exact.dtype), dim=1) * _NORM
@@ -71,6 +84,10 @@ class Scaled:
             writer_norm=norm.float(),
             writer_error=error.float(),
             fine_writers=_padded(exact, width).float()[features.argsort()],
+            terms=terms * 2.0**-e_left * 2.0**-e_right,
+            base_error=base_error,
+            residual=residual[features],
+            length=length[features],
         )
 
     @property
@@ -111,17 +128,21 @@ class Scaled:
     @property
     def bytes(self) -> int:
         """Size of the scaled copies."""
-        kept = (getattr(self, part.name) for part in fields(self) if part.name not in ("exponent", "scale", "n_base"))
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+        kept = (getattr(self, part.name) for part in fields(self) if part.name != "scale")
+        return sum(part.nbytes for part in kept if isinstance(part, Tensor))
 
 
-def _frame(B: BilinearTensor, n_out: int, inp: Tensor | None, dtype: torch.dtype) -> Frame:
+def _frame(D: Tensor, n_out: int, dtype: torch.dtype) -> Frame:
     """Return the basis to screen in: that of the writers pays in float32 and for enough outputs.
 
-    Its weights are a few times as long as the writers, which the bounds of lower precision feel.
+    Its weights are a few times as long as the writers, which the bounds of lower precision feel. It must hold each
+    writer as exactly as float32 does.
     """
-    D = with_constant(inp, B) if inp is not None else torch.eye(B.inp, dtype=B.down.dtype, device=B.down.device)
-    return Frame.of(D.double()) if dtype == torch.float32 and n_out >= _ENOUGH and len(D) else Frame.plain(D)
+    if dtype != torch.float32 or n_out < _ENOUGH or not len(D):
+        return Frame.plain(D)
+    frame = Frame.of(D.double())
+    residual, length, _ = frame.residual(D)
+    return frame if (residual <= FLOAT32_ROUNDOFF * length).all() else Frame.plain(D)
 
 
 def _scaled(name: str, tensor: Tensor) -> tuple[Tensor, int]:

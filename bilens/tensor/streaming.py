@@ -31,8 +31,10 @@ class Streamed:
             torch.mul(left[:, some, None], right[:, None, start:], out=piece)
             yield start, piece.addcmul_(right[:, some, None], left[:, None, start:]).flatten(1)
 
-    def __call__(self, first: int, last: int) -> tuple[Float[Tensor, "n width width"], Float[Tensor, " n"]]:
-        """Return the matrices and a bound on the Frobenius norm of their error."""
+    def __call__(
+        self, first: int, last: int
+    ) -> tuple[Float[Tensor, "n width width"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Return the matrices, a bound on the Frobenius norm of their error, and `Σ_h |weight_h| terms_h` of each."""
         layer, width, n = self.layer, self.layer.width, last - first
         readers = None if layer.readers is None else layer.readers[first:last]
         weights = layer.down[first:last] if readers is None else readers @ layer.down
@@ -43,7 +45,8 @@ class Streamed:
             torch.mm(weights if self.cube is None else readers, piece, out=part)
             M[:, some, start:] = part.view(n, self.rows, -1)
             M[:, start:, some] = part.view(n, self.rows, -1).mT
-        return M, self._error(M, readers, weights)
+        reach = weights.abs().double() @ layer.terms * (1 + 1e-3)  # far more than the rounding of the weights
+        return M, self._error(M, readers, weights) + (reach * layer.base_error).float(), reach
 
     def _error(self, M: Tensor, readers: Tensor | None, weights: Tensor) -> Float[Tensor, " n"]:
         """Bound what the sums in float32 took: 4 sqrt(terms) roundoffs of what is summed and of the sum."""
