@@ -128,6 +128,8 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     run["checkpoint"] = None if args.resume is None else args.resume / f"layer-{lens.layer}"
     with console.status("looking how long the ranking will take ..."):
         n = n_features if args.outputs == "all" else args.outputs
+        if n is not None and n > n_features:
+            raise ValueError(f"--outputs must be at most {n_features} in layer {lens.layer}, got {n}")
         plan = circuits.costs.Plan.of(lens, n, args.draws, args.null)
     terminal.print_plan(console, lens, plan)
     readers = lens.readers if plan.outputs is None else lens.readers[plan.outputs]

@@ -48,6 +48,8 @@ class _Completion(argparse.Action):
 
 def _number_or_all(word: str) -> int | str:
     """Return a number, or the word `all`."""
+    if word != "all" and not word.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {word!r}")
     return word if word == "all" else int(word)
 
 

@@ -87,7 +87,7 @@ def test_a_killed_command_goes_on_to_the_same_report(place, capsys, monkeypatch)
     assert "Strongest pairs over 16 of 32 output features, those with the largest interactions" in html
     assert "The search scored 16 of 32 output features" in html
     assert main([*map(str, args), str(place / "x.html"), "--outputs", "33"]) == 1
-    assert "n must lie between 1 and 32, got 33" in capsys.readouterr().err
+    assert "--outputs must be at most 32 in layer 1, got 33" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said(place, capsys):
