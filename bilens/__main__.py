@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spin
     from .saes.cards import Card, FeatureCards
 
 CONTROLS = 3  # random edits beside that of the negation, each at two strengths: a few seconds
-LONG = 4096**3  # coefficients whose ranking takes over a minute
 GROUPED = 64  # input features of each output that are looked at for groups
 SHOWN = 12  # output features in the report's table of the layer
 
@@ -124,32 +123,44 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     if len(lens.writers) != n_features:
         ends = f"behind an MLP, {len(lens.writers)} before it"
     columns.print_line(console, f"{args.model}: {model.cfg.n_layers} layers, {n_features} features {ends}")
-    if texts is not None:
-        forecast(console, args, lens, texts)
-    with console.status(f"ranking every pair of every output feature of layer {lens.layer} ..."):
+    # tests take several passes over it
+    run = {"progress": texts is not None and forecast(console, args, lens, texts) > terminal.LONG / 3}
+    run["checkpoint"] = None if args.resume is None else args.resume / f"layer-{lens.layer}"
+    with console.status("looking how long the ranking will take ..."):
+        n = n_features if args.outputs == "all" else args.outputs
+        if n is not None and n > n_features:
+            raise ValueError(f"--outputs must be at most {n_features} in layer {lens.layer}, got {n}")
+        plan = circuits.costs.Plan.of(lens, n, args.draws, args.null)
+    terminal.print_plan(console, lens, plan)
+    readers = lens.readers if plan.outputs is None else lens.readers[plan.outputs]
+    with console.status(f"ranking every pair of {len(readers)} output features of layer {lens.layer} ..."):
         strongest = bilens.top_interactions(
-            lens.tensor, 100, out=lens.readers, inp=lens.writers, features=GROUPED, **long_run(args, lens)
-        )
-    terminal.print_ranking(console, lens, strongest)
-    with console.status(f"searching {n_features} output features for motifs, and {args.draws} of null models ..."):
+            lens.tensor, 100, out=readers, inp=lens.writers, features=GROUPED,
+            progress=plan.ranking > terminal.LONG, checkpoint=run["checkpoint"],
+        )  # fmt: skip
+        if plan.outputs is not None:
+            strongest = strongest._replace(out=plan.outputs[strongest.out])
+    terminal.print_ranking(console, lens, strongest, plan)
+    with console.status(f"searching {len(readers)} output features for motifs, and {plan.draws} of null models ..."):
         found = circuits.search(
-            lens, generator=generator, null=args.null, n=args.draws,
+            lens, generator=generator, null=args.null, n=plan.draws, outputs=plan.outputs,
             # a constant is no feature of a group, but may be one of the strongest
             features=GROUPED if lens.tensor.constant else strongest.features,
+            progress=plan.search > terminal.LONG, checkpoint=run["checkpoint"],
         )  # fmt: skip
     with console.status("sampling text from the model ..."):
         dataset = sample_text(model) if texts is None else texts
     with console.status("ranking output features by their spectra ..."):
         ranking = circuits.outliers(lens, k=max(args.features, SHOWN), found=found)
     chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
-    tested = run_tests(args, console, lens, found, chosen, dataset, generator)
+    tested = run_tests(args, console, lens, found, chosen, dataset, generator, run)
     with console.status("testing predictions on text ..."):
-        findings = circuits.describe(lens, chosen, dataset, found, tested)
+        findings = circuits.describe(lens, chosen, dataset, found, tested, **run)
     terminal.print_findings(console, found, findings)
     coupling_test = None
     if couplings is not None:
         with console.status(f"testing negation in layer {lens.layer} on text ..."):
-            coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator)
+            coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator, run)
         terminal.print_coupling_test(console, coupling_test)
     source = (
         f"{len(dataset)} texts of {args.text}" if args.text else f"{len(dataset)} texts sampled from the model itself"
@@ -166,17 +177,12 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
             )  # fmt: skip
         columns.print_line(console, f"report: {path}  ({time.perf_counter() - began:.0f} s)")
     about = {"model": args.model, "layer": lens.layer, "seed": args.seed, "text": source, "fdr": found.fdr}
+    about |= {"outputs": len(readers), "left_out": n_features - len(readers), "draws": plan.draws}
     about["negation"] = None if negation is None else negation.to_dict()
     if couplings is not None:
         tested = None if coupling_test is None else coupling_test.to_dict()
         about["negation"] = couplings.to_dict() | {"test": tested}
     return about | {"discoveries": len(found.found), "findings": [one.to_dict() for one in findings]}
-
-
-def long_run(args: argparse.Namespace, lens: "FeatureLayer") -> dict[str, Any]:
-    """Return what shows how far a ranking is, where it takes over a minute, and where it is kept."""
-    long = len(lens.readers) * len(lens.writers) ** 2 >= LONG
-    return {"progress": long, "checkpoint": None if args.resume is None else args.resume / f"layer-{lens.layer}"}
 
 
 def ask(args: argparse.Namespace, console: "Console", model: "BilinearTransformer") -> "Readout | None":
@@ -240,6 +246,7 @@ def run_coupling_test(
     dataset: "Sequence[str] | torch.Tensor",
     n_controls: int,
     generator: "torch.Generator",
+    run: dict[str, Any],
 ) -> "CouplingTest | None":
     """Take the layer's products of negators and sentiment out of the running model."""
     from bilens.circuits.couplings import test_coupling
@@ -248,7 +255,7 @@ def run_coupling_test(
         return None
     here = next(one for one in couplings.layers if one.layer == lens.layer)
     try:
-        return test_coupling(lens, here, dataset, generator=generator, n_controls=n_controls, max_windows=16)
+        return test_coupling(lens, here, dataset, generator=generator, n_controls=n_controls, max_windows=16, **run)
     except ValueError as error:
         print(f"negation not tested: {error}", file=sys.stderr)
         return None
@@ -267,7 +274,7 @@ def mark_sentences(lens: "FeatureLayer", negation: "Negation | None") -> "list[M
     return [mark(lens, sentence, halves(here[0])) for sentence in asked]
 
 
-def forecast(console: "Console", args: argparse.Namespace, lens: "FeatureLayer", texts: Sequence[str]) -> None:
+def forecast(console: "Console", args: argparse.Namespace, lens: "FeatureLayer", texts: Sequence[str]) -> float:
     """Say how much text was read, and how long the model will take over it: what a few texts take, as many times."""
     from bilens.models.windows import Windows, observed
 
@@ -282,6 +289,7 @@ def forecast(console: "Console", args: argparse.Namespace, lens: "FeatureLayer",
     cut = f" (the first of {args.text}; --texts for more)" if len(texts) == args.texts else ""
     read = f"{len(texts)} texts{cut}, {n_tokens} tokens"
     console.print(f"{read}: the model will read them in about {seconds:.0f} s", markup=False)
+    return seconds
 
 
 def check_counts(args: argparse.Namespace) -> None:
@@ -290,8 +298,9 @@ def check_counts(args: argparse.Namespace) -> None:
     Raises:
         ValueError: There is not.
     """
-    for name, least in (("features", 1), ("tests", 0), ("controls", 1), ("draws", 200), ("texts", 1)):
-        if getattr(args, name) < least:
+    counts = {"features": 1, "tests": 0, "controls": 1, "draws": 200, "texts": 1, "outputs": 1}
+    for name, least in counts.items():
+        if isinstance(getattr(args, name), int) and getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
 
 
@@ -303,6 +312,7 @@ def run_tests(
     chosen: Sequence[int],
     dataset: "Sequence[str] | torch.Tensor",
     generator: "torch.Generator",
+    run: dict[str, Any],
 ) -> "list[CircuitTest]":
     """Test the strongest pair of the first discoveries; one that is never active in the text is passed over."""
     from bilens import circuits
@@ -311,9 +321,11 @@ def run_tests(
     protocol, tested = circuits.Protocol(n_pairs=args.controls, n_directions=5, max_windows=16), []
     for number, feature in enumerate([f for f in chosen if f in first][: args.tests], 1):
         circuit = circuits.Circuit.of(lens, first[feature])
+        name, folder = f"test-{circuit.left}-{circuit.right}-{feature}", run["checkpoint"]
+        here = run | {"checkpoint": None if folder is None else folder / name}
         with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {feature}, on text ..."):
             try:
-                tested.append(circuits.test(lens, circuit, dataset, protocol, generator=generator))
+                tested.append(circuits.test(lens, circuit, dataset, protocol, generator=generator, **here))
             except ValueError as error:
                 console.print(f"not tested: {error}", markup=False)
     return tested

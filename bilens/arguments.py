@@ -46,6 +46,13 @@ class _Completion(argparse.Action):
         parser.exit()
 
 
+def _number_or_all(word: str) -> int | str:
+    """Return a number, or the word `all`."""
+    if word != "all" and not word.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {word!r}")
+    return word if word == "all" else int(word)
+
+
 def parser_of_commands() -> argparse.ArgumentParser:
     """Return the parser of all commands, each with its options."""
     import bilens  # its table of names: nothing else is loaded
@@ -67,10 +74,12 @@ def parser_of_commands() -> argparse.ArgumentParser:
     one.add_argument("--tests", type=int, default=1, help="of how many the strongest pair is tested on the text")
     one.add_argument("--controls", type=int, default=20, help="matched pairs that a tested pair is compared with")
     one.add_argument("--null", nargs="+", default=["readers"], help="readers, rotation, untrained; beside them signs")
-    one.add_argument("--draws", type=int, default=512, help="null outputs per null model")
+    some = "output features to rank and search, those with the largest interactions, or all (default: all, unless"
+    one.add_argument("--outputs", type=_number_or_all, help=f"{some} that takes hours)")
+    one.add_argument("--draws", type=int, help="null outputs per null model (default: 512, or 256 of a large layer)")
     one.add_argument("--seed", type=int, default=0, help="of null models, controls and resampling")
     one.add_argument("--out", type=Path, help=f"where the report goes (default: {REPORT}; with --json: nowhere)")
-    one.add_argument("--resume", type=Path, help="keep the ranking's state in this folder: a killed run goes on there")
+    one.add_argument("--resume", type=Path, help="keep what was found in this folder: a killed run goes on there")
     two = commands.add_parser(
         "attribute", help="what makes a feature, or a token's logit, on a text: exactly, by pairs"
     )

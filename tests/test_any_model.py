@@ -12,6 +12,7 @@ from bilens import saes
 from bilens.__main__ import main
 from bilens.circuits import FeatureLayer
 from bilens.saes.shelf import cached_cards, cards_folder, cards_path
+from bilens.tensor import keeping, resuming, state
 
 TEXTS = ["the cat sat on the mat", "a dog", "once upon a time the big dog ran and the cat saw", "a little cat ran"] * 6
 
@@ -55,6 +56,38 @@ def test_from_files_to_the_report(place, capsys):
     exact = run(capsys, "attribute", TEXTS[0], "--model", model, *scope, "--layer", 1, "--feature", 3, "--json")
     sums = json.loads(exact.out)
     assert sums["total"] == pytest.approx(sums["model"], rel=1e-5)
+
+
+def test_a_killed_command_goes_on_to_the_same_report(place, capsys, monkeypatch):
+    """Of some output features, and what was left out is said wherever they are shown."""
+    args = ["circuits", place / "model", "--saes", place / "scope", "--layer", 1, "--text", place / "text.jsonl"]
+    args += ["--draws", 200, "--features", 2, "--outputs", 16, "--json", "--out"]
+    whole = run(capsys, *args, place / "whole.html")
+    broken = [*args, place / "again.html", "--resume", place / "state"]
+    for stage in ("rank-0-of-1", "outputs", "null-readers", "text-predicted"):
+
+        def die(path, *rest, stage=stage, write=keeping.write_state):
+            if path.stem == stage:
+                raise KeyboardInterrupt
+            write(path, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "write_state", die)
+            patch.setattr(resuming, "write_state", die)
+            assert main([*map(str, broken)]) == 130
+        capsys.readouterr()
+    again = run(capsys, *broken)
+    told = json.loads(whole.out)
+    assert json.loads(again.out) == told
+    assert (told["outputs"], told["left_out"]) == (16, 16)
+    html = (place / "whole.html").read_text()
+    assert (place / "again.html").read_text() == html
+    assert "layer 1: 16 of 32 output features are ranked and searched" in whole.err
+    assert "weights alone, of 16 of 32 output features" in whole.err
+    assert "Strongest pairs over 16 of 32 output features, those with the largest interactions" in html
+    assert "The search scored 16 of 32 output features" in html
+    assert main([*map(str, args), str(place / "x.html"), "--outputs", "33"]) == 1
+    assert "--outputs must be at most 32 in layer 1, got 33" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said(place, capsys):

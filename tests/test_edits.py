@@ -10,6 +10,7 @@ import bilens.models.checkpoints as checkpoints
 from bilens import circuits
 from bilens.circuits import Circuit, FeatureLayer, Protocol, controls, edits, effects, removal, steering
 from bilens.models.windows import Windows, observe
+from bilens.tensor import resuming
 
 TEXTS = [
     "the cat sat on the mat.",
@@ -247,6 +248,31 @@ def found(lens, circuit, generator):
     return circuits.test(
         lens, circuit, TEXTS, Protocol(n_bootstrap=50, n_pairs=30, n_directions=4), generator=generator
     )
+
+
+@pytest.mark.parametrize("stage", ["text", "directions-pair", "pairs-rescaled"])
+def test_a_killed_test_goes_on(found, lens, circuit, generator, monkeypatch, tmp_path, stage):
+    generator.manual_seed(0)
+    protocol, save = Protocol(n_bootstrap=50, n_pairs=30, n_directions=4), resuming._Kept.save
+    monkeypatch.setattr(resuming, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(resuming, "_SHARE", -1.0)
+
+    def die(self, done, rows):
+        save(self, done, rows)
+        if self.path.stem == stage:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resuming._Kept, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        circuits.test(lens, circuit, TEXTS, protocol, generator=generator, checkpoint=tmp_path)
+    monkeypatch.setattr(resuming._Kept, "save", save)
+    again = circuits.test(lens, circuit, TEXTS, protocol, generator=generator.manual_seed(0), checkpoint=tmp_path)
+    assert again.to_dict() == found.to_dict()
+    for name, edit in found.edits.items():
+        assert all(torch.equal(*both) for both in zip(edit.directions, again.edits[name].directions, strict=True))
+    assert all(torch.equal(*both) for both in zip(found.matched.rescaled, again.matched.rescaled, strict=True))
+    with pytest.raises(ValueError, match=r"checkpoint must be of this search, but .*text\.safetensors"):
+        circuits.test(lens, circuit, TEXTS[1:], protocol, generator=generator.manual_seed(0), checkpoint=tmp_path)
 
 
 def test_predicted_equals_measured_for_every_edit(found):

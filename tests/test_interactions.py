@@ -19,7 +19,6 @@ from bilens.tensor.budget import Plan
 from bilens.tensor.screening import Block
 from bilens.tensor.sharding import check_group
 from bilens.tensor.state import State
-from bilens.tensor.streaming import Streamed
 
 
 def integers(g, *shape, high=2):
@@ -445,9 +444,8 @@ def test_a_killed_search_goes_on(tmp_path, monkeypatch, plan, stop_at):
     with pytest.raises(KeyboardInterrupt):
         top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path / "state")
     monkeypatch.setattr(State, "save", save)
-    starts = []
-    matrices = Streamed.__call__
-    monkeypatch.setattr(Streamed, "__call__", lambda self, *span: starts.append(span[0]) or matrices(self, *span))
+    starts, screen = [], Block.screen
+    monkeypatch.setattr(Block, "screen", lambda self, plan: starts.append(self.first) or screen(self, plan))
     found = top_interactions(B, 40, out, inp, per_output=3, checkpoint=tmp_path / "state")
     assert equal(found, whole)
     assert equal(found.per_output, whole.per_output)

@@ -195,6 +195,7 @@ except SystemExit:
         (["bilens-mni"], "bilens-mini"),
         (["circuits", "--layer", "4"], "layer"),
         (["circuits", "--draws", "64"], "--draws must be at least 200, got 64"),
+        (["circuits", "--outputs", "0"], "--outputs must be at least 1, got 0"),
         (["attribute", "good", "--layer", "2", "--feature", "1024"], "1023"),
         (["attribute", "good", "--layer", "2", "--feature", "3", "--position", "9"], "position"),
         (["features", "--layer", "2", "--feature", "1024"], "1023"),

@@ -5,6 +5,7 @@ from . import candidates as candidates
 from . import circuit as circuit
 from . import compiled as compiled
 from . import controls as controls
+from . import costs as costs
 from . import couplings as couplings
 from . import discovery as discovery
 from . import edits as edits
@@ -38,6 +39,7 @@ from . import verdict as verdict
 from . import virtual as virtual
 from .attending import why_attend as why_attend
 from .circuit import Circuit as Circuit
+from .costs import strongest_outputs as strongest_outputs
 from .couplings import couple as couple
 from .couplings import negation_couplings as negation_couplings
 from .couplings import test_coupling as test_coupling

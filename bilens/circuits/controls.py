@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilens.tensor.bilinear import homogeneous
 from bilens.tensor.records import Record
+from bilens.tensor.resuming import UNKEPT, Stages
 from bilens.tensor.statistics import pearson
 
 from .circuit import Circuit
@@ -83,7 +84,12 @@ class MatchedPairs(Record, rows="pair", along=("effects", "rescaled"), names={"l
 
 
 def run_edits(
-    base: Baseline, c: Circuit, n_directions: int, min_active: int, generator: torch.Generator
+    base: Baseline,
+    c: Circuit,
+    n_directions: int,
+    min_active: int,
+    generator: torch.Generator,
+    stages: Stages = UNKEPT,
 ) -> dict[str, Edit]:
     """Take each part of the circuit out of the running model, and the same amount of something random.
 
@@ -93,6 +99,7 @@ def run_edits(
         n_directions: Random directions for each edit.
         min_active: Correlations over fewer positions are NaN.
         generator: Source of the directions.
+        stages: Where the effects are kept, to go on from there.
     """
     lens = base.lens
     managers = {
@@ -114,7 +121,8 @@ def run_edits(
         )
         units = unit_directions(n_directions, len(base.reader), generator)
         random = random_changes(base, {"left": c.left, "right": c.right}.get(name), change, units)
-        edits[name] = Edit(names[name], predicted[name], measured, effect, base.effects(random), min_active)
+        others = base.effects(random, n_directions, stages, f"directions-{name}")
+        edits[name] = Edit(names[name], predicted[name], measured, effect, others, min_active)
     return edits
 
 
@@ -146,7 +154,7 @@ def random_changes(
             yield B.apply(base.x - removed) - B.apply(base.x)
 
 
-def matched_pairs(base: Baseline, c: Circuit, n: int) -> MatchedPairs:
+def matched_pairs(base: Baseline, c: Circuit, n: int, stages: Stages = UNKEPT) -> MatchedPairs:
     """Remove the n other pairs that are most nearly as strong at the same positions; fewer if there are not so many."""
     least = max(1.0, 0.1 * len(base.z))
     often = ((base.z != 0).sum(0) >= least).nonzero()[:, 0]
@@ -164,5 +172,8 @@ def matched_pairs(base: Baseline, c: Circuit, n: int) -> MatchedPairs:
     strengths = (base.z[:, left] * base.z[:, right]).T[..., None]
     as_they_are = (strength * term for strength, term in zip(strengths, terms, strict=True))
     rescaled = (strength * term for strength, term in zip(strengths, terms / scale[:, None], strict=True))
-    effects = base.effects(as_they_are), base.effects(rescaled)
+    effects = (
+        base.effects(changes, len(left), stages, stage)
+        for changes, stage in ((as_they_are, "pairs"), (rescaled, "pairs-rescaled"))
+    )
     return MatchedPairs(left, right, scale, *effects, base.lens.name)

@@ -8,6 +8,7 @@ weights answers whether their products drive an output direction, and null model
 # `test_coupling` is what users call it, not a test of ours
 # ruff: noqa: PT028
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from .effects import Baseline, Effects, percentiles
 from .groups import Group
 from .layer import FeatureLayer
 from .records import plain
+from .textstages import text_stages
 
 COUPLING_NULLS = ("features", "weights")
 NEGATORS = ("not", "no", "never", "t", "nothing", "none", "nobody", "nor", "neither", "without", "hardly")
@@ -340,6 +342,8 @@ def test_coupling(
     output: int = 0,
     n_controls: int = 200,
     max_windows: int = 64,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> CouplingTest:
     """Take the products of two groups out of the running model, and compare with the prediction and with controls.
 
@@ -351,9 +355,12 @@ def test_coupling(
         output: Which of the coupling's output directions is read.
         n_controls: Groups of other features in place of the left one.
         max_windows: Windows of text with both groups active that are edited.
+        progress: Show how far it is.
+        checkpoint: Folder to keep in what was measured: the same call goes on from there after a kill.
 
     Raises:
-        ValueError: A coupling of another layer, no such output, or text in which the groups are never active together.
+        ValueError: A coupling of another layer, no such output, text in which the groups are never active together, or
+            a checkpoint that is damaged or of another call.
     """
     if lens.layer != coupling.layer:
         raise ValueError(f"coupling must be one of layer {lens.layer}, where the lens is, got layer {coupling.layer}")
@@ -361,13 +368,15 @@ def test_coupling(
         raise ValueError(f"output must lie between 0 and {len(coupling.outputs) - 1}, got {output}")
     left, right = coupling.left.features.tolist(), coupling.right.features.tolist()
     windows = Windows.of(lens.model, texts)
+    said = (left, right, coupling.outputs[output], n_controls, max_windows)
+    stages = text_stages(lens, windows, checkpoint, progress, said, generator)
 
     def both(x: Tensor, y: Tensor) -> Tensor:
         z = lens.codes(x)
         return (z[:, left] != 0).any(1) & (z[:, right] != 0).any(1)
 
     together = torch.zeros_like(windows.counts)
-    together[windows.counts] = lens.at_positions(windows, both)
+    together[windows.counts] = lens.at_positions(windows, both, stages, "groups-text")
     if not together.any():
         n = int(windows.counts.sum())
         raise ValueError(f"texts must hold a position where both groups are active, none of {n} is")
@@ -382,7 +391,10 @@ def test_coupling(
     changes = [-product(lens, base.z, group, right) for group in groups]
     sizes = torch.stack([one.norm() for one in changes]) / change.norm()
     rescaled = (one / size for one, size in zip(changes, sizes, strict=True))
-    effects = base.effects([change]), base.effects(changes), base.effects(rescaled)
+    effects = (
+        base.effects(some, len(sizes) if stage else 1, stages, f"groups{stage}")
+        for some, stage in (([change], ""), (changes, "-others"), (rescaled, "-rescaled"))
+    )
     n_windows, n_all = len(base.windows), int(together.sum())
     name = coupling.outputs[output]
     return CouplingTest(coupling, name, predicted, after - before, *effects, sizes, n_windows, n_all)

@@ -1,6 +1,7 @@
 """A search for motifs among the outputs of a layer, from weights alone, with p-values against null models."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
+from bilens.tensor.keeping import fingerprint_of, user_path
 from bilens.tensor.records import Record
+from bilens.tensor.resuming import Stages
 
 from .groups import Group, name_groups
 from .nulls import LEAST_FOR_TAIL, NULLS, Null, fit, null_scores
@@ -59,12 +62,21 @@ class Discoveries(Record, held="found"):
     nulls: tuple[Null, ...]
     fdr: float
     found: tuple[Discovery, ...]  # lowest q first, then lowest p, ties by output
-    ends: Ends | None = None  # of all outputs' spectra, for `circuits.outliers`; None where outliers were not asked for
+    ends: Ends | None = (
+        None  # of these outputs' spectra, for `circuits.outliers`; None where outliers were not asked for
+    )
+    outputs: Int[Tensor, " out"] | None = None  # the output features that were looked at; None for all
+    n_outputs: int | None = None  # of the layer
 
     def __repr__(self) -> str:
         first = f"; first: {self.found[0].motif} in #{self.found[0].out}" if self.found else ""
-        tested = f"{len(self.score)} outputs × {len(self.motifs)} motifs"
+        tested = f"{self.looked_at} outputs × {len(self.motifs)} motifs"
         return f"Discoveries({len(self.found)} of {tested} at FDR {self.fdr:g}{first})"
+
+    @property
+    def looked_at(self) -> str:
+        """How many outputs were looked at, in words: `"256"`, or `"128 of 8192"` where others were left out."""
+        return f"{len(self.score)}" if self.outputs is None else f"{len(self.score)} of {self.n_outputs}"
 
     def of(self, motif: str) -> tuple[Discovery, ...]:
         """Return the discoveries of one motif, the most significant first."""
@@ -73,11 +85,17 @@ class Discoveries(Record, held="found"):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found, and what was looked at, without the scores of all outputs."""
-        about = {"outputs": len(self.score), "motifs": self.motifs, "nulls": [null.name for null in self.nulls]}
+        left_out = {} if self.outputs is None else {"left_out": self.n_outputs - len(self.score)}
+        about = {
+            "outputs": len(self.score),
+            **left_out,
+            "motifs": self.motifs,
+            "nulls": [null.name for null in self.nulls],
+        }
         return plain(about | {"fdr": self.fdr, "found": [one.to_dict() for one in self.found]})
 
 
-# nine parameters: what is asked, of what, against what, and how finely; no two of them go together
+# twelve parameters: what is asked, of what, against what, how finely, and how it is run; no two of them go together
 @torch.no_grad()
 def search(
     layer: Layer | tuple[BilinearTensor, Float[Tensor, "n_out out"], Float[Tensor, "n_in inp"]],
@@ -90,6 +108,9 @@ def search(
     features: int | Int[Tensor, "n_out m"] = 64,
     group: int = 8,
     tail: bool = True,
+    outputs: Int[Tensor, " some"] | None = None,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Discoveries:
     """Score motifs in every output feature of a layer from its weights, and keep those that null models do not show.
 
@@ -139,6 +160,11 @@ def search(
         tail: Where fewer than 10 null scores reach a score, take its p-value from a generalised-Pareto tail
             (Knijnenburg et al. 2009), shape at least zero and scale one standard error up, which makes it conservative.
             Without it no p-value is below `1 / (n + 1)`.
+        outputs: Look only at these output features, by number: all others are as if the layer did not have them, and
+            the false discovery rate is that among these. `circuits.strongest_outputs` chooses some.
+        progress: Show a progress bar for the outputs, and one for each null model.
+        checkpoint: Folder to keep the scores in, those of the outputs and of each null model. A search that was killed
+            goes on from there, with the same result; the state of another search is refused.
 
     Returns:
         The discoveries, and all scores. Cost `m · (m / 2 + d_model) · d_model` multiplications with
@@ -149,7 +175,8 @@ def search(
 
     Raises:
         ValueError: An unknown motif or null model, one the other cannot test, a count below 1 or too low for a tail,
-            readers or writers of another width, or numbers that are not finite.
+            readers or writers of another width, numbers that are not finite, outputs that are none, or a checkpoint
+            that is damaged or of another search.
     """
     null = (null,) if isinstance(null, str) else tuple(null)
     _check_names("null", null, tuple(NULLS))
@@ -163,26 +190,51 @@ def search(
     _check_counts(n, fdr, features, group, tail)
     B, readers, writers = layer if isinstance(layer, tuple) else (layer.tensor, layer.readers, layer.writers)
     _check_layer(B, readers, writers)
+    n_outputs = len(readers)
+    if outputs is not None:
+        readers = readers[_checked_outputs(outputs, n_outputs).to(readers.device)]
     _check_known(known, readers, writers)
     B = B.detach().without_constant()
     B = B.to(torch.promote_types(B.down.dtype, torch.float32))
     task = Scoring(B, readers.detach().to(B.down), writers.detach().to(B.down), motifs, features, group)
-    scores, chunks, ends = zip(*task.observe(task.readers, motifs, known), strict=True)
-    observed, strongest = torch.cat(scores), Strongest(*map(torch.cat, zip(*chunks, strict=True)))
-    ends = None if ends[0] is None else Ends(*map(torch.cat, zip(*ends, strict=True)))
+    stages = _stages(task, known, checkpoint, progress)
+    observed, strongest, ends = _observed(task, known, stages)
     nulls = tuple(
-        fit(name, motifs, null_scores(task, name, n, generator, strongest.T), len(readers), tail) for name in null
+        fit(name, motifs, null_scores(task, name, n, generator, strongest.T, stages), len(readers), tail)
+        for name in null
     )
     p = torch.stack([one.p(observed) for one in nulls]).amax(0)
     q = q_values(p)
     order = sorted((q <= fdr).nonzero().tolist(), key=lambda at: (q[at[0], at[1]].item(), p[at[0], at[1]].item(), at))
     name = getattr(layer, "name", None)  # a layer that is matrices, or of another kind, has no names
     groups = [[replace(one, name=name) for one in each] for each in name_groups(task, strongest, order)]
+    number = range(n_outputs) if outputs is None else outputs.tolist()
     found = tuple(
-        Discovery(o, motifs[m], observed[o, m].item(), p[o, m].item(), q[o, m].item(), tuple(members), name)
+        Discovery(number[o], motifs[m], observed[o, m].item(), p[o, m].item(), q[o, m].item(), tuple(members), name)
         for (o, m), members in zip(order, groups, strict=True)
     )
-    return Discoveries(motifs, observed, p, q, nulls, fdr, found, ends)
+    return Discoveries(motifs, observed, p, q, nulls, fdr, found, ends, outputs, n_outputs)
+
+
+def _stages(task: Scoring, known: Tensor | None, folder: str | os.PathLike[str] | None, progress: bool) -> Stages:
+    """Return where the scores are kept: for all that they depend on, but for what is drawn."""
+    if folder is None:
+        return Stages(progress=progress)
+    B, said = task.B, (task.motifs, task.features, task.most)
+    depends = fingerprint_of((B.down, B.left, B.right, task.readers, task.writers, known), *said)
+    return Stages(user_path(folder), depends, progress)
+
+
+def _observed(task: Scoring, known: Tensor | None, stages: Stages) -> tuple[Tensor, Strongest, Ends | None]:
+    """Score the layer's own outputs."""
+
+    def scored(start: int) -> Iterator[dict[str, Tensor]]:
+        for score, strongest, ends in task.observe(task.readers, task.motifs, known, start):
+            yield {"score": score} | strongest._asdict() | ({} if ends is None else ends._asdict())
+
+    rows = stages.run("outputs", len(task.readers), scored, unit="output")
+    strongest = Strongest(*(rows[name] for name in Strongest._fields))
+    return rows["score"], strongest, Ends(*(rows[name] for name in Ends._fields)) if "others" in rows else None
 
 
 def q_values(p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -210,6 +262,15 @@ def _check_counts(n: int, fdr: float, features: int, group: int, tail: bool) -> 
         raise ValueError(f"features must be at least 4, got {features}")
     if group < 1:
         raise ValueError(f"group must be at least 1, got {group}")
+
+
+def _checked_outputs(outputs: Tensor, n: int) -> Tensor:
+    whole = isinstance(outputs, Tensor) and outputs.ndim == 1 and outputs.dtype in (torch.int64, torch.int32)
+    if not whole or not len(outputs):
+        raise ValueError(f"outputs must be a list of output features, a tensor of whole numbers, got {outputs!r:.80}")
+    if outputs.min() < 0 or outputs.max() >= n or len(outputs.unique()) < len(outputs):
+        raise ValueError(f"outputs must be different numbers from 0 to {n - 1}, got {outputs.tolist()!s:.80}")
+    return outputs
 
 
 def _check_known(known: Tensor | None, readers: Tensor, writers: Tensor) -> None:

@@ -1,7 +1,8 @@
 """What changes of an MLP's output do further on: to the logits and to the loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bilens.models.windows import Windows
 from bilens.tensor.records import tabular
+from bilens.tensor.resuming import UNKEPT, Stages
 
 from .layer import FeatureLayer
 
@@ -89,13 +91,26 @@ class Baseline:
         span = {"start_at_layer": self.lens.layer + 1, "stop_at_layer": model.cfg.n_layers}
         return self.finish(model(resid, attention_mask=self.windows.attend, tokens=self.windows.tokens, **span))
 
-    def effects(self, changes: Iterable[Float[Tensor, "position d_model"]]) -> Effects:
-        """Add changes to the layer's output at those positions, one after the other, and measure."""
-        measured = []
-        for change in changes:
-            pre = (change.to(self.reader) @ self.reader).abs().mean().double()
-            measured.append(torch.stack((pre, *self.compare(self.with_change(change)))))
-        return Effects(*torch.stack(measured).T) if measured else Effects(*self.x.new_zeros(4, 0))
+    def effects(
+        self,
+        changes: Iterable[Float[Tensor, "position d_model"]],
+        n: int,
+        stages: Stages = UNKEPT,
+        stage: str = "effects",
+    ) -> Effects:
+        """Add n changes to the layer's output at those positions, one after the other, and measure.
+
+        Where the stages keep what was measured, it goes on from there.
+        """
+        if not n:
+            return Effects(*self.x.new_zeros(4, 0))
+
+        def measured(start: int) -> Iterator[dict[str, Tensor]]:
+            for change in islice(changes, start, None):
+                pre = (change.to(self.reader) @ self.reader).abs().mean().double()
+                yield {"effect": torch.stack((pre, *self.compare(self.with_change(change))))[None]}
+
+        return Effects(*stages.run(stage, n, measured, unit="edit")["effect"].to(self.x.device).T)
 
     def compare(self, logits: Float[Tensor, "position vocab"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mean divergence, change of the logits, and change of the loss; in float64, as they can be tiny."""

@@ -1,5 +1,6 @@
 """All that is known of a few output features, in one record each: spectrum, pairs, motifs, prediction, test."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,8 @@ def describe(
     discoveries: Discoveries | None = None,
     tested: Sequence[CircuitTest] = (),
     n_pairs: int = 12,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Rows[Finding]:
     """Collect spectrum, strongest pairs, prediction on text, motifs and tests of some output features.
 
@@ -70,11 +73,14 @@ def describe(
         discoveries: What `circuits.search` found in the layer.
         tested: What `circuits.test` gave, of any of the features.
         n_pairs: How many pairs.
+        progress: Show how far the predictions are.
+        checkpoint: Folder to keep their state in, from which the same call goes on after a kill.
     """
     tests = {test.circuit.feature: test for test in tested}
     found = discoveries.found if discoveries is not None else ()
     findings = Rows()
-    strongest, predicted = pairs_of(lens, features, n_pairs), predict_all(lens, features, texts)
+    strongest = pairs_of(lens, features, n_pairs)
+    predicted = predict_all(lens, features, texts, progress=progress, checkpoint=checkpoint)
     for feature, among, prediction in zip(features, strongest, predicted, strict=True):
         top, motifs = lens.eigen(feature), tuple(one for one in found if one.out == feature)
         names = tuple(

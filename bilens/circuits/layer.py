@@ -1,7 +1,7 @@
 """One bilinear MLP between an SAE at its input and an SAE at its output: what every claim about a layer is made of."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from bilens.saes.stored import SAE, as_inference
 from bilens.saes.wording import name_from_weights
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.decompositions import Eigen, eigen
+from bilens.tensor.resuming import UNKEPT, Stages
 
 from .entry import MLP_IN, RESID_MID, Entry, first, input_hooks
 from .places import check_layer
@@ -310,17 +311,30 @@ class FeatureLayer:
         self,
         windows: Windows,
         of: Callable[[Float[Tensor, "position d_model"], Float[Tensor, "position d_model"]], Tensor],
+        stages: Stages = UNKEPT,
+        stage: str = "text",
     ) -> Tensor:
         """Return `of(x, y)` at all positions of text, in their order: `hook_in` sees x, and y leaves the MLP.
 
-        Windows run a batch at a time, so only what `of` returns is held for all of them.
+        Windows run a batch at a time, so only what `of` returns is held for all of them, for a moment twice.
+
+        Args:
+            windows: The text.
+            of: What is asked of it.
+            stages: Where it is kept, to go on from there after a kill.
+            stage: Its name there.
         """
-        number, found = windows.counts.flatten().cumsum(0).view_as(windows.counts) - 1, None
-        for rows, some, seen in observed(self.model, windows, [self.hook_in, self.hook_out]):
-            value = of(*(seen[hook][some.counts].to(self.writers) for hook in (self.hook_in, self.hook_out)))
-            if found is None:
-                found = value.new_empty(int(windows.counts.sum()), *value.shape[1:])
-            found[number[rows, : some.counts.shape[1]][some.counts]] = value
+        number, n = windows.counts.flatten().cumsum(0).view_as(windows.counts) - 1, int(windows.counts.sum())
+
+        def seen(start: int) -> Iterator[dict[str, Tensor]]:
+            hooks = [self.hook_in, self.hook_out]
+            for rows, some, values in observed(self.model, windows, hooks, start=start):
+                x, y = (values[hook][some.counts].to(self.writers) for hook in hooks)
+                yield {"value": of(x, y), "number": number[rows, : some.counts.shape[1]][some.counts]}
+
+        rows = stages.run(stage, n, seen, unit="position")
+        found = torch.empty_like(rows["value"])
+        found[rows["number"]] = rows["value"]
         return found
 
     # -- names --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilens.tensor.bilinear import BilinearTensor
 from bilens.tensor.records import Record
+from bilens.tensor.resuming import UNKEPT, Stages
 
 from .motifs import GROUPED
 from .scoring import MOTIFS, Scoring, strongest_features
@@ -66,7 +67,12 @@ class Null(Record):
 
 
 def null_scores(
-    task: Scoring, name: str, n: int, generator: torch.Generator, T: Float[Tensor, "out m m"] | None
+    task: Scoring,
+    name: str,
+    n: int,
+    generator: torch.Generator,
+    T: Float[Tensor, "out m m"] | None,
+    stages: Stages = UNKEPT,
 ) -> Float[Tensor, "null motif"]:
     """Score n outputs of a null model, or somewhat more to divide them evenly over the outputs.
 
@@ -76,17 +82,36 @@ def null_scores(
         n: How many.
         generator: Source of the draws.
         T: The strongest coefficients of every output; only the signs need them.
+        stages: Where the scores are kept, to go on from there.
     """
-    if name in _OWN:
-        n = len(task.readers) * max(_DRAWS, math.ceil(n / len(task.readers)))
+    n = n_draws(name, n, len(task.readers))
     parts = tuple(_PART.get(motif, motif) for motif in task.motifs)
-    if name == "readers":
-        return torch.cat([scores for scores, *_ in task.observe(directions(task, n, generator), parts)])
-    drawn = draws(task, name, n, generator, T)
-    if name == "signs":
-        return torch.cat([torch.stack([GROUPED[part](one, task.group).score for part in parts], 1) for (one,) in drawn])
+
+    def scored(start: int) -> Iterator[dict[str, Tensor]]:
+        if name == "readers":  # all are drawn before the first is scored
+            scores = (one for one, *_ in task.observe(directions(task, n, generator), parts, start=start))
+        else:
+            scores = _drawn_scores(task, name, draws(task, name, n, generator, T, start), parts)
+        return ({"score": one} for one in scores)
+
+    return stages.run(f"null-{name}", n, scored, generator, unit="null output")["score"]
+
+
+def n_draws(name: str, n: int, n_out: int) -> int:
+    """Return how many outputs of a null model are drawn where n are asked for."""
+    return n_out * max(_DRAWS, math.ceil(n / n_out)) if name in _OWN else n
+
+
+def _drawn_scores(
+    task: Scoring, name: str, drawn: Iterator[tuple[Tensor, ...]], parts: tuple[str, ...]
+) -> Iterator[Float[Tensor, "some motif"]]:
+    """Yield the scores of null outputs that `draws` yields."""
     m = min(task.features, len(task.writers))
-    return torch.cat([task.score(M, D, strongest_features(M, D, m), parts) for M, D in drawn])
+    for one in drawn:
+        if name == "signs":
+            yield torch.stack([GROUPED[part](*one, task.group).score for part in parts], 1)
+        else:
+            yield task.score(*one, strongest_features(*one, m), parts)
 
 
 def directions(task: Scoring, n: int, generator: torch.Generator) -> Float[Tensor, "n out"]:
@@ -106,11 +131,17 @@ def _passes(task: Scoring, n: int) -> Iterator[Tensor]:
 
 
 def draws(
-    task: Scoring, name: str, n: int, generator: torch.Generator, T: Float[Tensor, "out m m"] | None
+    task: Scoring, name: str, n: int, generator: torch.Generator, T: Float[Tensor, "out m m"] | None, start: int = 0
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matrices and writers of null outputs that do not share the layer's, `(M, D)`; for the signs only `(T,)`."""
-    D, B = task.writers, task.B
+    """Yield matrices and writers of null outputs that do not share the layer's, `(M, D)`; for the signs only `(T,)`.
+
+    The first `start` of them are left out, and not drawn.
+    """
+    D, B, done = task.writers, task.B, 0
     for i in _passes(task, n):
+        done += len(i)
+        if done <= start:
+            continue
         if name == "rotation":
             rotation = torch.nn.init.orthogonal_(D.new_empty(D.shape[1], D.shape[1]), generator=generator)
             yield B.matrix(task.readers[i]), D @ rotation

@@ -47,7 +47,7 @@ class Shared:
     def __init__(self, B: BilinearTensor, D: Float[Tensor, "n d"], n: int):
         self.D, self.frame = D, Frame.of(D)
         self.residual, self.inner = Matrices(B, n), Matrices(B.project(inp=self.frame.base), n)
-        self.gram = output_gram(B.project(inp=torch.linalg.qr(D.double(), mode="r").R.to(D)))
+        self.gram = feature_gram(B, D)
         self.own = B.down @ ((B.left @ D.T) * (B.right @ D.T))  # self terms of every feature
 
     def strongest(
@@ -59,6 +59,11 @@ class Shared:
             return M, _strongest(M, self.D, known, readers @ self.own, energy)
         largest, own = self.frame.largest(self.inner.of(readers), NUMBERS)
         return M, _strongest(M, self.D, _first(largest, m), own, energy)
+
+
+def feature_gram(B: BilinearTensor, D: Float[Tensor, "n d"]) -> Float[Tensor, "out out"]:
+    """Return G with `‖D M_u Dᵀ‖_F² = uᵀ G u`, in float64."""
+    return output_gram(B.project(inp=torch.linalg.qr(D.double(), mode="r").R.to(D)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +94,19 @@ class Scoring:
         return Shared(self.B, self.writers, len(self.readers))
 
     def observe(
-        self, readers: Float[Tensor, "some out"], motifs: tuple[str, ...], known: Int[Tensor, "some m"] | None = None
+        self,
+        readers: Float[Tensor, "some out"],
+        motifs: tuple[str, ...],
+        known: Int[Tensor, "some m"] | None = None,
+        start: int = 0,
     ) -> Iterator[tuple[Float[Tensor, "some motif"], Strongest, Ends | None]]:
-        """Score directions of the layer, a chunk at a time; the spectra's ends where outliers are asked for."""
+        """Score directions of the layer, a chunk at a time; the spectra's ends where outliers are asked for.
+
+        From the direction `start` on, with which a chunk begins if all are to be dealt with as from the first on.
+        """
         n, d = self.writers.shape
         m, together = min(self.features, n), max(1, min(64, NUMBERS // max(n * d, self.B.hidden * d)))
-        for which in torch.arange(len(readers), device=readers.device).split(together):
+        for which in torch.arange(start, len(readers), device=readers.device).split(together):
             M, found = self.shared.strongest(readers[which], m, None if known is None else known[which])
             ends = Ends(*two_strongest(M)) if "outlier" in motifs else None
             yield self.score(M, self.writers, found, motifs, ends), found, ends

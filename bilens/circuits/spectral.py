@@ -1,5 +1,6 @@
 """Output features of a layer by the spectra of their interaction matrices, and what a few eigenvectors predict."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from .discovery import Discoveries
 from .layer import FeatureLayer
 from .records import plain
 from .scoring import edge
+from .textstages import text_stages
 
 _MATRICES = 128  # decomposed at a time
 
@@ -77,7 +79,8 @@ def outliers(
         lens: The layer.
         by: The order.
         k: How many; all if `None`.
-        found: What `circuits.search` found in this layer with outliers among its motifs.
+        found: What `circuits.search` found in this layer with outliers among its motifs; where it looked at some
+            output features only, so does this.
 
     Raises:
         ValueError: An unknown order, `k` out of range or given with `by="ratio"`, which has no bound, or a search that
@@ -91,8 +94,9 @@ def outliers(
     n = len(lens.readers)
     some = torch.arange(n, device=lens.readers.device)
     if found is not None:
-        if found.ends is None or len(found.score) != n:
+        if found.ends is None or found.n_outputs != n:
             raise ValueError(f"found must be a search for outliers among {n} output features, got {found!r}")
+        some = some if found.outputs is None else found.outputs.to(some)
         return _ordered(lens, some, (found.ends.values, found.ends.others), by, k)
     if k is not None and screen_dtype(B.down.device) != torch.float32:  # else the bounds cost more than what they save
         some = top_outputs(B, lens.readers, min(k, n), "top2").out
@@ -196,25 +200,31 @@ def predict_all(
     texts: Texts,
     k: int = 2,
     factor: Literal["measured", "mean"] = "measured",
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[Prediction]:
     """Do what `predict` does for several output features, in one pass over the texts.
 
     Holds two numbers for each feature at each position, and one batch of activations; with the mean factor it goes over
-    the texts twice.
+    the texts twice. With `progress` it shows how far it is; with a folder as `checkpoint` it keeps its state there, and
+    the same call goes on after a kill.
 
     Raises:
-        ValueError: Another factor than the two.
+        ValueError: Another factor than the two, or a checkpoint that is damaged or of another call.
     """
     if factor not in ("measured", "mean"):
         raise ValueError(f"factor must be 'measured' or 'mean', got {factor!r}")
     features, windows = list(features), Windows.of(lens.model, texts)
     tops = [lens.eigen(feature, k) for feature in features]
-    mean = None if factor == "measured" else lens.at_positions(windows, lambda x, y: 1 / lens.rms(x)).mean()
+    stages = text_stages(lens, windows, checkpoint, progress, (features, k, factor))
+    mean = None
+    if factor == "mean":
+        mean = lens.at_positions(windows, lambda x, y: 1 / lens.rms(x), stages, "text-factor").mean()
 
     def both(x: Tensor, y: Tensor) -> Tensor:
         entering = homogeneous(lens.entering(x, mean), lens.tensor)
         predicted = torch.stack([(entering @ top.vectors.T).pow(2) @ top.values for top in tops], 1)
         return torch.stack((lens.outputs(x, y)[:, features], predicted * lens.out_factor(y)), 2)
 
-    found = lens.at_positions(windows, both) if features else []
+    found = lens.at_positions(windows, both, stages, "text-predicted") if features else []
     return [Prediction(*found[:, i].unbind(1), factor) for i in range(len(features))]

@@ -3,6 +3,7 @@
 # `test` is what users call it, not a test of ours
 # ruff: noqa: PT028
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from bilens.models.texts import Texts
 from bilens.models.windows import Windows
 from bilens.tensor.bilinear import homogeneous
 from bilens.tensor.records import Record
+from bilens.tensor.resuming import Stages
 
 from .circuit import Circuit
 from .controls import Edit, MatchedPairs, matched_pairs, run_edits
@@ -23,6 +25,7 @@ from .layer import FeatureLayer
 from .lowrank import LowRank, Predictions, low_rank
 from .records import plain
 from .steering import Steering, steering
+from .textstages import text_stages
 
 KS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -115,6 +118,8 @@ def test(
     protocol: Protocol = STANDARD,
     *,
     generator: torch.Generator,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> CircuitTest:
     """Test a circuit on text: low-rank prediction, interventions against their controls, and steering.
 
@@ -134,16 +139,21 @@ def test(
         texts: Texts, or windows of token ids.
         protocol: How many positions, controls and resamples, and what to steer.
         generator: Source of randomness of the bootstrap and the random directions.
+        progress: Show how far each part is.
+        checkpoint: Folder to keep in what was measured, of this circuit alone: the same call goes on from there after a
+            kill, with the same result.
 
     Raises:
-        ValueError: No text, or none in which the pair is active; an index out of range; a circuit of another layer.
+        ValueError: No text, or none in which the pair is active; an index out of range; a circuit of another layer; a
+            checkpoint that is damaged or of another call.
         TypeError: The layer is not bilinear.
     """
     circuit.check(lens)
     if isinstance(texts, str):
         raise ValueError(f"texts must be a list of texts, got one string: {texts[:40]!r}")
     windows = Windows.of(lens.model, texts)
-    found, together = _scan(lens, circuit, windows, _ks(lens, protocol))
+    stages = text_stages(lens, windows, checkpoint, progress, (circuit, protocol), generator)
+    found, together = _scan(lens, circuit, windows, _ks(lens, protocol), stages)
     options = {"min_active": protocol.min_active, "confidence": protocol.confidence, "generator": generator}
     predicted = low_rank(found, n_bootstrap=protocol.n_bootstrap, **options)
     if not together.any():
@@ -152,9 +162,9 @@ def test(
             f"none of {len(found.actual)} is one"
         )
     base = Baseline.run(lens, lens.readers[circuit.feature], windows, together, protocol.max_windows)
-    edits = run_edits(base, circuit, protocol.n_directions, protocol.min_active, generator)
+    edits = run_edits(base, circuit, protocol.n_directions, protocol.min_active, generator, stages)
     steered = None if protocol.words is None else _steer(lens, circuit, found, protocol, generator)
-    matched = matched_pairs(base, circuit, protocol.n_pairs)
+    matched = matched_pairs(base, circuit, protocol.n_pairs, stages)
     n_all = int(together.sum())
     return CircuitTest(circuit, predicted, edits, matched, len(base.windows), len(base.x), n_all, steered)
 
@@ -168,7 +178,7 @@ def _ks(lens: FeatureLayer, protocol: Protocol) -> tuple[int, ...]:
 
 
 def _scan(
-    lens: FeatureLayer, circuit: Circuit, windows: Windows, ks: tuple[int, ...]
+    lens: FeatureLayer, circuit: Circuit, windows: Windows, ks: tuple[int, ...], stages: Stages
 ) -> tuple[Predictions, Bool[Tensor, "row seq"]]:
     """Run the texts as far as the layer: the output feature, its predictions, and where the pair is active."""
     if not windows.counts.any():
@@ -182,7 +192,7 @@ def _scan(
         actual = lens.outputs(x, y)[:, [circuit.feature]]
         return torch.cat((actual, both.to(actual), parts[:, [k - 1 for k in ks]]), 1)
 
-    found = lens.at_positions(windows, columns)
+    found = lens.at_positions(windows, columns, stages)
     together = torch.zeros_like(windows.counts)
     together[windows.counts] = found[:, 1] != 0
     text = windows.text[:, None].expand_as(windows.counts)[windows.counts]

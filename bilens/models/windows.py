@@ -198,8 +198,15 @@ def observe(
 
 
 def observed(
-    model: BilinearTransformer, windows: Windows, hooks: Sequence[str], batch: int = 32
+    model: BilinearTransformer, windows: Windows, hooks: Sequence[str], batch: int = 32, start: int = 0
 ) -> Iterator[tuple[Int[Tensor, " row"], Windows, dict[str, Float[Tensor, "row seq ..."]]]]:
-    """Run windows a batch at a time: their numbers, the batch as it ran (`Windows.batches`), and what was seen."""
+    """Run windows a batch at a time: their numbers, the batch as it ran (`Windows.batches`), and what was seen.
+
+    The batches that hold the first `start` positions of text, in the order in which they run, are left out.
+    """
+    done = 0
     for rows, some in windows.batches(batch):
+        done += int(some.counts.sum())
+        if done <= start and start:
+            continue
         yield rows, some, observe(model, some, hooks)

@@ -81,7 +81,7 @@ def write_report(
         "groups": None if couplings is None else groups.groups(lens, couplings, coupling_test),
         "findings": [sections.finding(lens, one, number, null) for number, one in enumerate(findings, 1)],
         "cards": cards(lens, findings, named),
-        "layer": {"number": lens.layer, "tables": sections.tables(lens, ranking, strongest)},
+        "layer": {"number": lens.layer, "tables": sections.tables(lens, ranking, strongest, discoveries)},
     }
     with atomic_write(path) as partial:
         partial.write_text(_page(shown), encoding="utf-8")

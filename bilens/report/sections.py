@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.circuits.discovery import Discoveries
 from bilens.circuits.findings import Finding
 from bilens.circuits.layer import FeatureLayer
 from bilens.circuits.spectral import Outliers
@@ -134,16 +135,28 @@ def _tests(test: CircuitTest) -> list[Figure]:
 # -- the whole layer --------------------------------------------------------------------------------------------------
 
 
-def tables(lens: FeatureLayer, ranking: Outliers | None, strongest: Interactions | None, n: int = 12) -> list[Table]:
-    """Return the strongest pairs of the layer, and its output features by spectral outliers."""
-    found = []
+def tables(
+    lens: FeatureLayer,
+    ranking: Outliers | None,
+    strongest: Interactions | None,
+    discoveries: Discoveries | None = None,
+    n: int = 12,
+) -> list[Table]:
+    """Return the strongest pairs of the layer, and its output features by spectral outliers.
+
+    Where the search looked at some output features only, so did the others, and the captions say so.
+    """
+    found, some, every = [], "", "all output features, every one looked at"
+    if discoveries is not None and discoveries.outputs is not None:
+        every = f"{discoveries.looked_at} output features, those with the largest interactions; the others are left out"
+        some = f", among {every}"
     if strongest is not None:
         rows = [
             (f"{i} {lens.name('inp', i)}", f"{j} {lens.name('inp', j)}", f"{o} {lens.name('out', o)}", value)
             for o, i, j, value in rows_of(strongest, n)
         ]
         header = ("input feature", "× input feature", "→ output feature", "coefficient")
-        found.append(Table("Strongest pairs over all output features, every one looked at", header, rows))
+        found.append(Table(f"Strongest pairs over {every}", header, rows))
     if ranking is not None:
         columns = (ranking.feature.tolist(), *ranking.values.T.tolist(), ranking.strength.tolist())
         rows = [
@@ -151,6 +164,7 @@ def tables(lens: FeatureLayer, ranking: Outliers | None, strongest: Interactions
             for feature, *numbers in list(zip(*columns, ranking.ratio.tolist(), strict=True))[:n]
         ]
         header = ("output feature", "λ₁", "λ₂", "|λ₁| + |λ₂|", "outlier ratio")
-        caption = "Output features by spectral outliers; the ratio is |λ₂| over the edge of the other eigenvalues' bulk"
+        ratio = "the ratio is |λ₂| over the edge of the other eigenvalues' bulk"
+        caption = f"Output features by spectral outliers{some}; {ratio}"
         found.append(Table(caption, header, rows))
     return found

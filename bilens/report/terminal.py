@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from bilens.circuits.attribution import Attribution
+from bilens.circuits.costs import Plan
 from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.discovery import Discoveries
 from bilens.circuits.findings import Finding
@@ -16,6 +17,7 @@ from bilens.tensor.tables import Tabular
 
 from .columns import print_line, print_table, short
 
+LONG = 60.0  # seconds after which somebody wants to know how long it takes
 _WIDEST = 44  # characters of a name
 
 
@@ -31,17 +33,48 @@ def _ranked(console: Console, title: str, record: Tabular, shown: Mapping[str, s
     print_table(console, title, tuple(shown.values()), (number,), rows)
 
 
-def print_ranking(console: Console, lens: FeatureLayer, strongest: Interactions, n: int = 10) -> None:
-    """Print the strongest pairs of the layer."""
+def print_plan(console: Console, lens: FeatureLayer, plan: Plan) -> None:
+    """Say what is left out of the ranking and the search, and how long they take if that is more than a minute."""
+    said = []
+    if plan.outputs is not None:
+        said += [
+            f"layer {lens.layer}: {len(plan.outputs)} of {plan.n_outputs} output features are ranked and searched, "
+            f"those with the largest interactions; the others are left out. All take about {_time(plan.every)} here: "
+            "--outputs all"
+        ]
+    if plan.ranking + plan.search > LONG:
+        shorter = "fewer --outputs and --draws make it shorter, --resume FOLDER lets it go on after a kill"
+        said += [
+            f"ranking takes about {_time(plan.ranking)}, the search with {plan.draws} null outputs about "
+            f"{_time(plan.search)}; {shorter}"
+        ]
+    for line in said:
+        console.print(line, markup=False)
+
+
+def _time(seconds: float) -> str:
+    """Say a time to a digit or two."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def print_ranking(
+    console: Console, lens: FeatureLayer, strongest: Interactions, plan: Plan | None = None, n: int = 10
+) -> None:
+    """Print the strongest pairs of the layer, and of how many of its output features they are if not of all."""
     shown = {"left_name": "input feature", "right_name": "× input feature", "out_name": "→ output feature"}
     title = f"strongest feature pairs of layer {lens.layer}, from the weights alone"
+    if plan is not None and plan.outputs is not None:
+        title += f", of {len(plan.outputs)} of {plan.n_outputs} output features"
     _ranked(console, title, strongest[:n].named(lens.name), shown, "coefficient", "+.3f")
 
 
 def print_findings(console: Console, found: Discoveries, findings: Sequence[Finding]) -> None:
     """Print what was found in the output features that the report shows in detail."""
     outs = len({one.out for one in found.found})
-    console.print(f"{len(found.found)} motifs in {outs} of {len(found.score)} output features, FDR {found.fdr:g}")
+    console.print(f"{len(found.found)} motifs in {outs} of {found.looked_at} output features, FDR {found.fdr:g}")
     title = "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
     rows = []
     for one in findings:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,26 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 def damaged(path: str | os.PathLike[str], why: str) -> ValueError:
     """Return the error for a state that cannot be gone on from, to be raised: it says which, why, and what to do."""
     return ValueError(f"{path} is damaged: {why}; delete it, and the same call starts anew")
+
+
+def foreign(path: str | os.PathLike[str], theirs: Any, mine: str) -> ValueError:
+    """Return the error for a state of another call, to be raised, given both fingerprints."""
+    return ValueError(
+        f"checkpoint must be of this search, but {path} is of one with other weights, bases or "
+        f"arguments (fingerprint {theirs!s:.12}, not {mine:.12}): remove it or name another folder"
+    )
+
+
+def fingerprint_of(tensors: Iterable[Tensor | None], *said: Any) -> str:
+    """Return a hash of tensors, and of what `repr` says of everything else."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        header = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        digest.update(header.encode())
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(repr(said).encode())
+    return digest.hexdigest()
 
 
 def checksum_of(path: Path) -> str:

@@ -33,16 +33,21 @@ def run(search: Search, shard: range, memory: int, progress: bool, state: State 
     space = Space(search.layer, plan)
     streamed = Streamed(search.layer, plan, space)
     with tqdm(total=len(shard), initial=start - shard.start, unit="output", disable=not progress) as bar:
-        for first in range(start, shard.stop, plan.matrices):
+        # the matrices that were in the making are made again, as many at once: bit for bit the same
+        begun = start - (start - shard.start) % plan.matrices
+        for first in range(begun, shard.stop, plan.matrices):
             last = min(first + plan.matrices, shard.stop)
             matrices = streamed(first, last)
             for some in _slices(last - first, plan.outputs):
+                if (done := first + some.stop) <= start:
+                    continue
+                some = slice(max(some.start, start - first), some.stop)  # another plan may have ended elsewhere
                 block = Block(search, first + some.start, [part[some] for part in matrices], pools["all"], space)
                 found = block.screen(plan)
                 pools = {name: found[name] if name == "all" else pools[name] + found[name] for name in pools}
-            bar.update(last - first)
-            if state is not None and (last == shard.stop or state.due()):
-                state.save(last, pools)
+                bar.update(some.stop - some.start)
+                if state is not None and (done == shard.stop or state.due()):
+                    state.save(done, pools)
     return pools
 
 

@@ -1,15 +1,13 @@
 """The state of a ranking on disk, from which a search that was killed goes on."""
 
-import hashlib
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .candidates import PARTS, Pool
-from .keeping import damaged, is_file, read_state, write_state
+from .keeping import damaged, fingerprint_of, foreign, is_file, read_state, write_state
 from .search import Search
 
 SAVE_EVERY = 1.0  # seconds between two checkpoints
@@ -38,11 +36,7 @@ class State:
             return self.shard.start, pools
         tensors, about = read_state(self.path)
         if about.get("fingerprint") != self.fingerprint:
-            raise ValueError(
-                f"checkpoint must be of this search, but {self.path} is of one with other weights, bases or "
-                f"arguments (fingerprint {about.get('fingerprint')!s:.12}, not {self.fingerprint:.12}): remove it or "
-                "name another folder"
-            )
+            raise foreign(self.path, about.get("fingerprint"), self.fingerprint)
         chosen = {} if self.search.features is None else {"features": self.search.features}
         if set(tensors) != {f"{name}.{part}" for name in pools for part in PARTS} | set(chosen):
             raise damaged(self.path, f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
@@ -95,15 +89,5 @@ class State:
 
 def _fingerprint(search: Search, shard: range) -> str:
     """Return a hash of all that the candidates depend on."""
-    digest, of = hashlib.sha256(), search.coefficients
-    for tensor in (of.B.down, of.B.left, of.B.right, of.out, of.inp):
-        header = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        digest.update(header.encode())
-        if tensor is not None:
-            digest.update(_bytes(tensor))
-    digest.update(repr((search.wanted, of.B.constant, shard)).encode())
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    of = search.coefficients
+    return fingerprint_of((of.B.down, of.B.left, of.B.right, of.out, of.inp), search.wanted, of.B.constant, shard)

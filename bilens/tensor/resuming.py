@@ -1,0 +1,128 @@
+"""The rows that a long call finds, kept on disk stage by stage: the same call goes on from there after a kill."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .keeping import damaged, fingerprint_of, foreign, is_file, read_state, write_state
+
+SAVE_EVERY = 1.0  # seconds between two checkpoints, at least
+_SHARE = 20  # of the time one part goes into checkpoints at most: they grow with what was found
+_GENERATOR = "generator"
+
+Rows = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of one long call: each finds rows in order, and has a file of its own in the folder.
+
+    A stage that is whole is read, one that was killed goes on after its last row, and the result is the same, bit for
+    bit. A file belongs to all that its rows depend on: `fingerprint`, the stage's name and number of rows, and where
+    the generator stood before it.
+    """
+
+    folder: Path | None = None  # nothing is kept where there is none
+    fingerprint: str = ""
+    progress: bool = False
+
+    def run(
+        self,
+        name: str,
+        n: int,
+        find: Callable[[int], Iterator[Rows]],
+        generator: torch.Generator | None = None,
+        unit: str = "row",
+    ) -> Rows:
+        """Return all rows of a stage, its columns by name.
+
+        Args:
+            name: Of the stage, and its file.
+            n: How many rows.
+            find: Yields the rows from a given one on, some at a time. What it draws before it returns the iterator is
+                drawn in every call, what it draws for the rows goes on where it was.
+            generator: What it draws from.
+            unit: What a row is, for the progress bar.
+
+        Raises:
+            ValueError: The file is damaged, or of another call; the message says which, and what to do.
+        """
+        kept = None if self.folder is None else _Kept(self.folder / f"{name}.safetensors", self, n, generator)
+        done, parts, left = (0, [], None) if kept is None else kept.load()
+        found = find(done)
+        if left is not None:
+            generator.set_state(left)
+        with tqdm(total=n, initial=done, desc=name, unit=unit, disable=not self.progress) as bar:
+            for part in () if 0 < n <= done else found:
+                parts.append(part)
+                done += _length(part)
+                bar.update(_length(part))
+                if kept is not None and (done >= n or kept.due()):
+                    parts = [_joined(parts)]
+                    kept.save(done, parts[0])
+        return _joined(parts)
+
+
+UNKEPT = Stages()
+
+
+class _Kept:
+    """The file of one stage."""
+
+    def __init__(self, path: Path, stages: Stages, n: int, generator: torch.Generator | None):
+        self.path, self.n, self.generator = path, n, generator
+        stood = None if generator is None else generator.get_state()
+        self.fingerprint = fingerprint_of([stood], stages.fingerprint, path.name, n)
+        self.saved, self.took = time.monotonic(), 0.0
+
+    def load(self) -> tuple[int, list[Rows], Tensor | None]:
+        """Return how many rows are there, what they are, and where the generator stood after them."""
+        if not is_file(self.path):
+            return 0, [], None
+        rows, about = read_state(self.path)
+        if about.get("fingerprint") != self.fingerprint:
+            raise foreign(self.path, about.get("fingerprint"), self.fingerprint)
+        left, done = rows.pop(_GENERATOR, None), about.get("next")
+        if not isinstance(done, int) or not 0 < done <= self.n:
+            raise damaged(self.path, f"next must lie between 1 and {self.n}, got {done!r}")
+        if not rows or (left is None) != (self.generator is None):
+            raise damaged(self.path, f"it holds {', '.join(sorted(rows)) or 'nothing'}")
+        if wrong := {name: len(column) if column.ndim else None for name, column in rows.items()}:
+            wrong = {name: length for name, length in wrong.items() if length != done}
+        if wrong:
+            raise damaged(self.path, f"every column must have {done} rows, got {_said(wrong)}")
+        return done, [rows], left
+
+    def due(self) -> bool:
+        """Return whether the last checkpoint is old, beside the time that it took."""
+        return time.monotonic() - self.saved > max(SAVE_EVERY, _SHARE * self.took)
+
+    def save(self, done: int, rows: Rows) -> None:
+        """Write the rows so far so that a kill at any time leaves the old ones or the new ones."""
+        began = time.monotonic()
+        drawn = {} if self.generator is None else {_GENERATOR: self.generator.get_state()}
+        write_state(self.path, rows | drawn, {"fingerprint": self.fingerprint, "next": done})
+        self.saved = time.monotonic()
+        self.took = self.saved - began
+
+
+def _length(rows: Rows) -> int:
+    return len(next(iter(rows.values())))
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    """Return the rows of all parts; where they were read from a file, on the device of those found now."""
+    if len(parts) == 1:
+        return parts[0]
+    device = next(iter(parts[-1].values())).device
+    return {name: torch.cat([part[name].to(device) for part in parts]) for name in parts[-1]}
+
+
+def _said(lengths: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {length}" for name, length in lengths.items())
