@@ -57,7 +57,20 @@ def test_saes_are_fitted_get_cards_and_are_compared(place, monkeypatch, capsys):
     assert lens.out_cards.auroc.shape == (32, 2)
 
     monkeypatch.setattr(compare_saes, "GRID", [("topk", 3, 2), ("jumprelu", 3, 4)])
-    options = ["--hooks", *HOOKS, "--tokens", 600, "--batch", 64, "--test", 10, "--runs", place / "runs", "--out", place / "saes.md"]
+    options = [
+        "--hooks",
+        *HOOKS,
+        "--tokens",
+        600,
+        "--batch",
+        64,
+        "--test",
+        10,
+        "--runs",
+        place / "runs",
+        "--out",
+        place / "saes.md",
+    ]
     call(compare_saes, monkeypatch, model, *source, *options)
     table = (place / "saes.md").read_text()
     assert table.count("| topk | 3 | 2x |") == table.count("| jumprelu | 3 | 4x |") == 2
