@@ -55,7 +55,7 @@ def test_counts_are_those_of_all_positions(model, fitted, rows, found, hook):
     windows, _ = activations_of(model, fitted[hook], hook, [row["text"] for row in rows if row["text"].strip()])
     z = torch.cat(windows)
     one = found[hook]
-    torch.testing.assert_close(one.contexts.density, (z != 0).float().mean(0))
+    torch.testing.assert_close(one.contexts.density, (z != 0).to(z).mean(0), check_dtype=False)
     torch.testing.assert_close(one.mean, z.sum(0) / (z != 0).sum(0).clamp(min=1), rtol=1e-4, atol=1e-6)
     assert torch.equal(one.histogram.sum(1), (z != 0).sum(0))
     edges = torch.tensor([0.0, *saes.EDGES])

@@ -32,7 +32,7 @@ OBJECTS = {  # what is asked rather than read: models, layers, texts, and how so
     *("BilinearTensor", "BilinearForm", "LinearMap", "FeatureLayer", "BilinearAutoencoder", "VirtualTokens", "Entries"),
     *("Windows", "Baseline", "Seen", "Asked", "Entry", "Reading", "Scoring", "ContextTally", "RoleTally", "Active"),
     *("Toy", "Gate", "Plan", "Shape", "Protocol", "Recipe", "Tuning", "Roles", "Line", "Word", "Rope", "Family"),
-    *("Local", "Projection", "Frame", "Wanted", "Tabular", "Facts", "Sampling", "StoredTokenizer", "Ends"),
+    *("Local", "Projection", "Frame", "Wanted", "Tabular", "Facts", "Sampling", "StoredTokenizer", "Ends", "Cost"),
 }
 
 

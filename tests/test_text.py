@@ -36,7 +36,7 @@ def test_token_ids_of_any_integer_type_are_the_same_ids(model, ids):
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        (torch.tensor([[1.0, 2.0]]), "input must hold integer token ids, got float32"),
+        (torch.tensor([[1.0, 2.0]], dtype=torch.float32), "input must hold integer token ids, got float32"),
         (torch.tensor([[True]]), "input must hold integer token ids, got bool"),
         ([[1.5, 2.0]], "input must be text or integer token ids, got list of float64"),
         ([[1, 2], [3]], "rows of as many token ids"),

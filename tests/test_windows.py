@@ -187,7 +187,7 @@ def test_errors_name_what_it_was(model, make_model):
     refused(b"the cat", "got bytes")
     refused("the", "length must lie between 2 and 32", length=1)
     refused("the", "length must lie between 2 and 32", length=33)
-    refused(torch.zeros(2, 3), r"texts \(window 0\) must hold integer token ids, got float32")
+    refused(torch.zeros(2, 3, dtype=torch.float32), r"texts \(window 0\) must hold integer token ids, got float32")
     refused(torch.ones(2, 3) > 0, "got bool")
     refused([[1, 2], [0.5]], r"texts \(window 1\) must be text or integer token ids, got list of float64")
     refused([[1, 2], "the"], r"texts \(window 1\)")

@@ -181,7 +181,7 @@ class FeatureCards(Record, rows="feature"):
             n: How many tokens of a group.
         """
         some = [features] if isinstance(features, int) else list(features)
-        share = torch.tensor([1.0] * len(some) if weights is None else list(map(abs, weights)))
+        share = torch.tensor([1.0] * len(some) if weights is None else list(map(abs, weights))).to(self.auroc)
         share = share / share.sum()
         if isinstance(features, int):
             label = self.label(features)
