@@ -250,12 +250,15 @@ def run_coupling_test(
 ) -> "CouplingTest | None":
     """Take the layer's products of negators and sentiment out of the running model."""
     from bilens.circuits.couplings import test_coupling
+    from bilens.tensor.keeping import StateError
 
     if couplings is None:
         return None
     here = next(one for one in couplings.layers if one.layer == lens.layer)
     try:
         return test_coupling(lens, here, dataset, generator=generator, n_controls=n_controls, max_windows=16, **run)
+    except StateError:  # of --resume, not of the text
+        raise
     except ValueError as error:
         print(f"negation not tested: {error}", file=sys.stderr)
         return None
@@ -316,6 +319,7 @@ def run_tests(
 ) -> "list[CircuitTest]":
     """Test the strongest pair of the first discoveries; one that is never active in the text is passed over."""
     from bilens import circuits
+    from bilens.tensor.keeping import StateError
 
     first = {one.out: one for one in reversed(found.found)}  # the most significant of each output
     protocol, tested = circuits.Protocol(n_pairs=args.controls, n_directions=5, max_windows=16), []
@@ -326,6 +330,8 @@ def run_tests(
         with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {feature}, on text ..."):
             try:
                 tested.append(circuits.test(lens, circuit, dataset, protocol, generator=generator, **here))
+            except StateError:  # of --resume, not of the text
+                raise
             except ValueError as error:
                 console.print(f"not tested: {error}", markup=False)
     return tested

@@ -222,7 +222,7 @@ def _stages(task: Scoring, known: Tensor | None, folder: str | os.PathLike[str] 
         return Stages(progress=progress)
     B, said = task.B, (task.motifs, task.features, task.most)
     depends = fingerprint_of((B.down, B.left, B.right, task.readers, task.writers, known), *said)
-    return Stages(user_path(folder), depends, progress)
+    return Stages(user_path(folder), depends, progress, B.down.device)
 
 
 def _observed(task: Scoring, known: Tensor | None, stages: Stages) -> tuple[Tensor, Strongest, Ends | None]:
