@@ -256,3 +256,8 @@ def test_a_plan_counts_what_was_asked_for(layer, monkeypatch):
     assert some.every == pytest.approx(whole.every)
     assert len(some.outputs) == 5
     assert costs.Plan.of(given, 5, 512, ["readers", "rotation"]).search > some.search
+    with pytest.raises(ValueError, match=r"null must be among .*'readers'.*, got \['raeders'\]"):
+        costs.Plan.of(given, 5, 512, ["raeders"])
+    assert not whole.fewer
+    monkeypatch.setattr(costs, "BUDGET", 1.0)
+    assert [costs.Plan.of(given, 1, n, ["readers"]).fewer for n in (None, 200)] == [True, False]
