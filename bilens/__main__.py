@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spin
 
     from .circuits.costs import Plan
     from .circuits.couplings import CouplingTest, NegationCouplings
-    from .circuits.discovery import Discoveries
+    from .circuits.discovery import Discoveries, Discovery
     from .circuits.layer import FeatureLayer
     from .circuits.marks import Marked
     from .circuits.negating import Negation
@@ -117,7 +117,9 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     with console.status("ranking output features by their spectra ..."):
         ranking = circuits.outliers(lens, k=max(args.features, SHOWN), found=found)
     chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
-    tested = run_tests(args, console, lens, found, chosen, dataset, generator, run)
+    first = {one.out: one for one in reversed(found.found)}  # the most significant of each output
+    firsts = [first[feature] for feature in chosen if feature in first][: args.tests]
+    tested = run_tests(args, console, lens, firsts, dataset, generator, run)
     with console.status("testing predictions on text ..."):
         findings = circuits.describe(lens, chosen, dataset, found, tested, **run)
     terminal.print_findings(console, found, findings)
@@ -328,23 +330,21 @@ def run_tests(
     args: argparse.Namespace,
     console: "Console",
     lens: "FeatureLayer",
-    found: "Discoveries",
-    chosen: Sequence[int],
+    found: "Sequence[Discovery]",
     dataset: "Sequence[str] | torch.Tensor",
     generator: "torch.Generator",
     run: dict[str, Any],
 ) -> "list[CircuitTest]":
-    """Test the strongest pair of the first discoveries; one that is never active in the text is passed over."""
+    """Test the strongest pair of each discovery; one that is never active in the text is passed over."""
     from bilens import circuits
     from bilens.tensor.keeping import StateError
 
-    first = {one.out: one for one in reversed(found.found)}  # the most significant of each output
     protocol, tested = circuits.Protocol(n_pairs=args.controls, n_directions=5, max_windows=16), []
-    for number, feature in enumerate([f for f in chosen if f in first][: args.tests], 1):
-        circuit = circuits.Circuit.of(lens, first[feature])
-        name, folder = f"test-{circuit.left}-{circuit.right}-{feature}", run["checkpoint"]
+    for number, one in enumerate(found, 1):
+        circuit = circuits.Circuit.of(lens, one)
+        name, folder = f"test-{circuit.left}-{circuit.right}-{one.out}", run["checkpoint"]
         here = run | {"checkpoint": None if folder is None else folder / name}
-        with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {feature}, on text ..."):
+        with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {one.out}, on text ..."):
             try:
                 tested.append(circuits.test(lens, circuit, dataset, protocol, generator=generator, **here))
             except StateError:  # of --resume, not of the text

@@ -176,15 +176,15 @@ def test_a_damaged_state_is_not_taken_for_a_text_that_does_not_fit(unchecked, mo
     monkeypatch.setattr(circuits, "test", fail)
     monkeypatch.setattr(circuits.couplings, "test_coupling", fail)
     monkeypatch.setattr(circuits.Circuit, "of", lambda lens, one: circuits.Circuit(0, 5, 1, 2))
-    args, console, run = SimpleNamespace(controls=1, tests=1), Console(quiet=True), {"checkpoint": tmp_path}
-    found, layer = SimpleNamespace(found=[SimpleNamespace(out=5)]), SimpleNamespace(layer=0)
+    args, console, run = SimpleNamespace(controls=1), Console(quiet=True), {"checkpoint": tmp_path}
+    found, layer = [SimpleNamespace(out=5)], SimpleNamespace(layer=0)
     coupled = SimpleNamespace(layers=[layer])
     raised.append(ValueError("texts must hold a position where the pair is active"))
-    assert run_tests(args, console, None, found, [5], [], None, run) == []
+    assert run_tests(args, console, None, found, [], None, run) == []
     assert run_coupling_test(layer, coupled, [], 1, None, run) is None
     raised.append(damaged(tmp_path / "text.safetensors", "its checksum does not match"))
     with pytest.raises(ValueError, match=r"text\.safetensors is damaged"):
-        run_tests(args, console, None, found, [5], [], None, run)
+        run_tests(args, console, None, found, [], None, run)
     with pytest.raises(ValueError, match=r"text\.safetensors is damaged"):
         run_coupling_test(layer, coupled, [], 1, None, run)
 
