@@ -10,16 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import REPORT, mistyped, parser_of_commands
+from .arguments import REPORT, check_counts, mistyped, parser_of_commands
 
 if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spinner; `--help` needs none of them
     import torch
     from rich.console import Console
 
+    from .circuits.costs import Plan
     from .circuits.couplings import CouplingTest, NegationCouplings
-    from .circuits.discovery import Discoveries
+    from .circuits.discovery import Discoveries, Discovery
     from .circuits.layer import FeatureLayer
     from .circuits.marks import Marked
     from .circuits.negating import Negation
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # these take seconds to import, so that happens behind a spin
     from .circuits.verdict import Readout
     from .models.transformer import BilinearTransformer
     from .saes.cards import Card, FeatureCards
+    from .tensor.interactions import Interactions
 
 CONTROLS = 3  # random edits beside that of the negation, each at two strengths: a few seconds
 GROUPED = 64  # input features of each output that are looked at for groups
@@ -91,34 +94,16 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     """Say what the model does with negators and by which features, search a layer, test, and write the report."""
     began = time.perf_counter()
     check_counts(args)
-    with console.status("loading the model ..."):
-        import torch
+    out, model = load_checked(args, console)
+    import torch
 
-        from bilens.circuits.places import check_layer
-        from bilens.tensor.keeping import check_folder, check_writable
+    import bilens
+    from bilens import circuits
+    from bilens.report import columns, terminal
 
-        if (out := args.out or (None if args.json else REPORT)) is not None:
-            check_writable(out)  # now rather than when all is done
-        if args.resume is not None:
-            check_folder(args.resume)
-
-        model = load_bilinear(args.model)
-        if args.layer is not None:
-            check_layer(model, args.layer)
-        readout = ask(args, console, model)
-    with console.status("loading the SAEs ..."):
-        import bilens
-        from bilens import circuits
-        from bilens.report import columns, terminal
-
-        layers = chosen_layers(args)
-        lenses = {i: load_layer(args, model, i) for i in layers}
-        texts = read_texts(args.text, args.texts) if args.text else None
     generator = torch.Generator().manual_seed(args.seed)
-    negation = find_negation(console, lenses, readout, generator)
-    couplings = find_couplings(console, lenses, generator) if negation is None else None
-    terminal.print_couplings(console, couplings)
-    lens = lenses[strongest_layer(negation, couplings, layers[len(layers) // 2])]
+    texts = read_texts(args.text, args.texts) if args.text else None
+    lens, negation, couplings = choose_layer(args, console, model, generator)
     n_features, ends = len(lens.readers), "at each end of an MLP"
     if len(lens.writers) != n_features:
         ends = f"behind an MLP, {len(lens.writers)} before it"
@@ -126,7 +111,87 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     # tests take several passes over it
     run = {"progress": texts is not None and forecast(console, args, lens, texts) > terminal.LONG / 3}
     run["checkpoint"] = None if args.resume is None else args.resume / f"layer-{lens.layer}"
+    plan, strongest, found = search_layer(args, console, lens, generator, run["checkpoint"])
+    with console.status("sampling text from the model ..."):
+        dataset = sample_text(model) if texts is None else texts
+    with console.status("ranking output features by their spectra ..."):
+        ranking = circuits.outliers(lens, k=max(args.features, SHOWN), found=found)
+    chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
+    first = {one.out: one for one in reversed(found.found)}  # the most significant of each output
+    firsts = [first[feature] for feature in chosen if feature in first][: args.tests]
+    tested = run_tests(args, console, lens, firsts, dataset, generator, run)
+    with console.status("testing predictions on text ..."):
+        findings = circuits.describe(lens, chosen, dataset, found, tested, **run)
+    terminal.print_findings(console, found, findings)
+    coupling_test = None
+    if couplings is not None:
+        with console.status(f"testing negation in layer {lens.layer} on text ..."):
+            coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator, run)
+        terminal.print_coupling_test(console, coupling_test)
+    source = f"{len(dataset)} texts " + (f"of {args.text}" if args.text else "sampled from the model itself")
+    some = "" if found.outputs is None else f"; of the {found.looked_at} output features with the largest interactions"
+    if out is not None:
+        with console.status("writing the report ..."):
+            from bilens import report
+
+            path = report.write_report(
+                out, lens, findings, discoveries=found, ranking=ranking, strongest=strongest, negation=negation,
+                marked=mark_sentences(lens, negation), couplings=couplings, coupling_test=coupling_test,
+                generator=generator, title=f"{args.model}, layer {lens.layer}",
+                note=f"bilens {bilens.__version__}, seed {args.seed}; predictions tested on {source}{some}.",
+            )  # fmt: skip
+        columns.print_line(console, f"report: {path}  ({time.perf_counter() - began:.0f} s)")
+    about = {"model": args.model, "layer": lens.layer, "seed": args.seed, "text": source, "fdr": found.fdr}
+    about |= {"outputs": len(found.score), "left_out": n_features - len(found.score), "draws": plan.draws}
+    about["negation"] = None if negation is None else negation.to_dict()
+    if couplings is not None:
+        tested = None if coupling_test is None else coupling_test.to_dict()
+        about["negation"] = couplings.to_dict() | {"test": tested}
+    return about | {"discoveries": len(found.found), "findings": [one.to_dict() for one in findings]}
+
+
+def load_checked(args: argparse.Namespace, console: "Console") -> "tuple[Path | None, BilinearTransformer]":
+    """Return where the report goes, and the model; what cannot be written to is refused before the work."""
+    with console.status("loading the model ..."):
+        from bilens.circuits.places import check_layer
+        from bilens.tensor.keeping import check_folder, check_writable
+
+        if (out := args.out or (None if args.json else REPORT)) is not None:
+            check_writable(out)
+        if args.resume is not None:
+            check_folder(args.resume)
+        model = load_bilinear(args.model)
+        if args.layer is not None:
+            check_layer(model, args.layer)
+    return out, model
+
+
+def choose_layer(
+    args: argparse.Namespace, console: "Console", model: "BilinearTransformer", generator: "torch.Generator"
+) -> "tuple[FeatureLayer, Negation | None, NegationCouplings | None]":
+    """Return the layer to look at, and what was found of negators in all of them; say it."""
+    from bilens.report import terminal
+
+    readout = ask(args, console, model)
+    with console.status("loading the SAEs ..."):
+        layers = chosen_layers(args)
+        lenses = {i: load_layer(args, model, i) for i in layers}
+    negation = find_negation(console, lenses, readout, generator)
+    couplings = find_couplings(console, lenses, generator) if negation is None else None
+    terminal.print_couplings(console, couplings)
+    return lenses[strongest_layer(negation, couplings, layers[len(layers) // 2])], negation, couplings
+
+
+def search_layer(
+    args: argparse.Namespace, console: "Console", lens: "FeatureLayer", generator: "torch.Generator", state: Path | None
+) -> "tuple[Plan, Interactions, Discoveries]":
+    """Rank the pairs of a layer and search it for motifs, as far as is planned; `state` is the folder to keep it in."""
+    import bilens
+    from bilens import circuits
+    from bilens.report import terminal
+
     with console.status("looking how long the ranking will take ..."):
+        n_features = len(lens.readers)
         n = n_features if args.outputs == "all" else args.outputs
         if n is not None and n > n_features:
             raise ValueError(f"--outputs must be at most {n_features} in layer {lens.layer}, got {n}")
@@ -136,7 +201,7 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
     with console.status(f"ranking every pair of {len(readers)} output features of layer {lens.layer} ..."):
         strongest = bilens.top_interactions(
             lens.tensor, 100, out=readers, inp=lens.writers, features=GROUPED,
-            progress=plan.ranking > terminal.LONG, checkpoint=run["checkpoint"],
+            progress=plan.ranking > terminal.LONG, checkpoint=state,
         )  # fmt: skip
         if plan.outputs is not None:
             strongest = strongest._replace(out=plan.outputs[strongest.out])
@@ -146,43 +211,9 @@ def run_circuits(args: argparse.Namespace, console: "Console") -> dict[str, Any]
             lens, generator=generator, null=args.null, n=plan.draws, outputs=plan.outputs,
             # a constant is no feature of a group, but may be one of the strongest
             features=GROUPED if lens.tensor.constant else strongest.features,
-            progress=plan.search > terminal.LONG, checkpoint=run["checkpoint"],
+            progress=plan.search > terminal.LONG, checkpoint=state,
         )  # fmt: skip
-    with console.status("sampling text from the model ..."):
-        dataset = sample_text(model) if texts is None else texts
-    with console.status("ranking output features by their spectra ..."):
-        ranking = circuits.outliers(lens, k=max(args.features, SHOWN), found=found)
-    chosen = list(dict.fromkeys([one.out for one in found.found] + ranking.feature.tolist()))[: args.features]
-    tested = run_tests(args, console, lens, found, chosen, dataset, generator, run)
-    with console.status("testing predictions on text ..."):
-        findings = circuits.describe(lens, chosen, dataset, found, tested, **run)
-    terminal.print_findings(console, found, findings)
-    coupling_test = None
-    if couplings is not None:
-        with console.status(f"testing negation in layer {lens.layer} on text ..."):
-            coupling_test = run_coupling_test(lens, couplings, dataset, args.controls, generator, run)
-        terminal.print_coupling_test(console, coupling_test)
-    source = (
-        f"{len(dataset)} texts of {args.text}" if args.text else f"{len(dataset)} texts sampled from the model itself"
-    )
-    if out is not None:
-        with console.status("writing the report ..."):
-            from bilens import report
-
-            path = report.write_report(
-                out, lens, findings, discoveries=found, ranking=ranking, strongest=strongest, negation=negation,
-                marked=mark_sentences(lens, negation), couplings=couplings, coupling_test=coupling_test,
-                generator=generator, title=f"{args.model}, layer {lens.layer}",
-                note=f"bilens {bilens.__version__}, seed {args.seed}; predictions tested on {source}.",
-            )  # fmt: skip
-        columns.print_line(console, f"report: {path}  ({time.perf_counter() - began:.0f} s)")
-    about = {"model": args.model, "layer": lens.layer, "seed": args.seed, "text": source, "fdr": found.fdr}
-    about |= {"outputs": len(readers), "left_out": n_features - len(readers), "draws": plan.draws}
-    about["negation"] = None if negation is None else negation.to_dict()
-    if couplings is not None:
-        tested = None if coupling_test is None else coupling_test.to_dict()
-        about["negation"] = couplings.to_dict() | {"test": tested}
-    return about | {"discoveries": len(found.found), "findings": [one.to_dict() for one in findings]}
+    return plan, strongest, found
 
 
 def ask(args: argparse.Namespace, console: "Console", model: "BilinearTransformer") -> "Readout | None":
@@ -250,12 +281,15 @@ def run_coupling_test(
 ) -> "CouplingTest | None":
     """Take the layer's products of negators and sentiment out of the running model."""
     from bilens.circuits.couplings import test_coupling
+    from bilens.tensor.keeping import StateError
 
     if couplings is None:
         return None
     here = next(one for one in couplings.layers if one.layer == lens.layer)
     try:
         return test_coupling(lens, here, dataset, generator=generator, n_controls=n_controls, max_windows=16, **run)
+    except StateError:  # of --resume, not of the text
+        raise
     except ValueError as error:
         print(f"negation not tested: {error}", file=sys.stderr)
         return None
@@ -292,40 +326,29 @@ def forecast(console: "Console", args: argparse.Namespace, lens: "FeatureLayer",
     return seconds
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """Make sure that there is enough of everything.
-
-    Raises:
-        ValueError: There is not.
-    """
-    counts = {"features": 1, "tests": 0, "controls": 1, "draws": 200, "texts": 1, "outputs": 1}
-    for name, least in counts.items():
-        if isinstance(getattr(args, name), int) and getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-
-
 def run_tests(
     args: argparse.Namespace,
     console: "Console",
     lens: "FeatureLayer",
-    found: "Discoveries",
-    chosen: Sequence[int],
+    found: "Sequence[Discovery]",
     dataset: "Sequence[str] | torch.Tensor",
     generator: "torch.Generator",
     run: dict[str, Any],
 ) -> "list[CircuitTest]":
-    """Test the strongest pair of the first discoveries; one that is never active in the text is passed over."""
+    """Test the strongest pair of each discovery; one that is never active in the text is passed over."""
     from bilens import circuits
+    from bilens.tensor.keeping import StateError
 
-    first = {one.out: one for one in reversed(found.found)}  # the most significant of each output
     protocol, tested = circuits.Protocol(n_pairs=args.controls, n_directions=5, max_windows=16), []
-    for number, feature in enumerate([f for f in chosen if f in first][: args.tests], 1):
-        circuit = circuits.Circuit.of(lens, first[feature])
-        name, folder = f"test-{circuit.left}-{circuit.right}-{feature}", run["checkpoint"]
+    for number, one in enumerate(found, 1):
+        circuit = circuits.Circuit.of(lens, one)
+        name, folder = f"test-{circuit.left}-{circuit.right}-{one.out}", run["checkpoint"]
         here = run | {"checkpoint": None if folder is None else folder / name}
-        with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {feature}, on text ..."):
+        with console.status(f"testing circuit {number}, {circuit.left} × {circuit.right} → {one.out}, on text ..."):
             try:
                 tested.append(circuits.test(lens, circuit, dataset, protocol, generator=generator, **here))
+            except StateError:  # of --resume, not of the text
+                raise
             except ValueError as error:
                 console.print(f"not tested: {error}", markup=False)
     return tested

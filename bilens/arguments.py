@@ -122,3 +122,15 @@ def parser_of_commands() -> argparse.ArgumentParser:
         command.add_argument("--inp", help="name of the SAE before the MLP, if the layer has several")
         command.add_argument("--out-sae", help="name of the SAE behind the MLP, if the layer has several")
     return parser
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Make sure that there is enough of everything.
+
+    Raises:
+        ValueError: There is not.
+    """
+    counts = {"features": 1, "tests": 0, "controls": 1, "draws": 200, "texts": 1, "outputs": 1}
+    for name, least in counts.items():
+        if isinstance(getattr(args, name), int) and getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")

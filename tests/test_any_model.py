@@ -84,8 +84,10 @@ def test_a_killed_command_goes_on_to_the_same_report(place, capsys, monkeypatch)
     assert (place / "again.html").read_text() == html
     assert "layer 1: 16 of 32 output features are ranked and searched" in whole.err
     assert "weights alone, of 16 of 32 output features" in whole.err
-    assert "Strongest pairs over 16 of 32 output features, those with the largest interactions" in html
+    assert "Strongest pairs over 16 of 32 output features; the others are left out" in html
+    assert "of the 16 of 32 output features with the largest interactions" in html
     assert "The search scored 16 of 32 output features" in html
+    assert "(readers: 200 outputs)" in html
     assert main([*map(str, args), str(place / "x.html"), "--outputs", "33"]) == 1
     assert "--outputs must be at most 32 in layer 1, got 33" in capsys.readouterr().err
 

@@ -113,6 +113,18 @@ def test_the_running_model_does_what_the_weights_say(lens, groups):
     assert "predicted and measured correlate" in repr(test)
 
 
+def test_the_state_of_another_direction_is_refused(lens, groups, tmp_path):
+    one, other = torch.randn(2, 16, generator=generator(), dtype=torch.float64)
+    options = {"n_controls": 2, "max_windows": 2, "checkpoint": tmp_path}
+    for direction in (one, one, other):
+        found = couplings.couple(lens, *groups, {"a direction": direction}, generator=generator(), n=20)
+        if direction is other:
+            with pytest.raises(ValueError, match="checkpoint must be of this call"):
+                couplings.test_coupling(lens, found, TEXTS, generator=generator(), **options)
+        else:
+            couplings.test_coupling(lens, found, TEXTS, generator=generator(), **options)
+
+
 def test_controls_at_equal_strength_change_the_output_as_much(lens, groups):
     direction = torch.eye(16, dtype=torch.float64)[0]
     found = couplings.couple(lens, *groups, {"first": direction}, generator=generator(), n=20)

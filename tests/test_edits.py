@@ -1,5 +1,6 @@
 """Interventions: what the weights predict is what the running model does, and afterwards the model is as before."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from test_circuits import random_sae
 import bilens.models.checkpoints as checkpoints
 from bilens import circuits
 from bilens.circuits import Circuit, FeatureLayer, Protocol, controls, edits, effects, removal, steering
+from bilens.circuits.textstages import text_stages
 from bilens.models.windows import Windows, observe
 from bilens.tensor import resuming
 
@@ -271,8 +273,22 @@ def test_a_killed_test_goes_on(found, lens, circuit, generator, monkeypatch, tmp
     for name, edit in found.edits.items():
         assert all(torch.equal(*both) for both in zip(edit.directions, again.edits[name].directions, strict=True))
     assert all(torch.equal(*both) for both in zip(found.matched.rescaled, again.matched.rescaled, strict=True))
-    with pytest.raises(ValueError, match=r"checkpoint must be of this search, but .*text\.safetensors"):
+    with pytest.raises(ValueError, match=r"checkpoint must be of this call, but .*text\.safetensors"):
         circuits.test(lens, circuit, TEXTS[1:], protocol, generator=generator.manual_seed(0), checkpoint=tmp_path)
+
+
+def test_what_no_weight_tells_makes_another_state(make_model, tmp_path):
+    """Weights are known whatever their dtype, and the norm's `eps` and a TopK SAE's `k` are in none of them."""
+    half = make_model(dtype=torch.bfloat16)
+    lenses = [make_lens(half), make_lens(copy.deepcopy(half).float()), make_lens(copy.deepcopy(half).float())]
+    lenses[2].inp.cfg.k -= 1
+    other = make_model(dtype=torch.float32, eps=1e-3)
+    other.load_state_dict(lenses[1].model.state_dict())
+    lenses.append(make_lens(other))
+    windows = Windows.of(half, TEXTS)
+    states = [text_stages(lens, windows, tmp_path, False, ()).fingerprint for lens in lenses]
+    assert len(set(states)) == len(lenses)
+    assert text_stages(lenses[0], windows, tmp_path, False, ()).fingerprint == states[0]
 
 
 def test_predicted_equals_measured_for_every_edit(found):

@@ -460,9 +460,7 @@ def test_the_state_of_another_search_is_refused(tmp_path):
     changed = inp.clone()
     changed[7, 3] += 1e-6
     for other in ((B, 41, out, inp), (B, 40, out, changed), (B, 40, out[:-1], inp)):
-        with pytest.raises(
-            ValueError, match=r"checkpoint must be of this search, but .*rank-0-of-1\.safetensors is of"
-        ):
+        with pytest.raises(ValueError, match=r"checkpoint must be of this call, but .*rank-0-of-1\.safetensors is of"):
             top_interactions(*other, checkpoint=tmp_path)
 
 

@@ -1,15 +1,18 @@
 """A search that is killed at any of its states goes on to the same result; other and damaged states are refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from bilens import circuits
+from bilens.__main__ import run_coupling_test, run_tests
 from bilens.circuits import costs
 from bilens.tensor import resuming
 from bilens.tensor.bilinear import BilinearTensor
-from bilens.tensor.keeping import read_state, write_state
+from bilens.tensor.keeping import damaged, read_state, write_state
 from bilens.tensor.resuming import Stages
 
 NULLS = ["readers", "rotation", "untrained", "signs"]
@@ -103,7 +106,7 @@ def test_the_state_of_another_search_is_refused(layer, tmp_path):
     searched(layer, tmp_path)
     changed = writers.clone()
     changed[3, 3] += 1e-6
-    refused = r"checkpoint must be of this search, but .*{}\.safetensors is of one with other .*remove it"
+    refused = r"checkpoint must be of this call, but .*{}\.safetensors is of one with other .*remove it"
     for other, changes in (((B, readers, changed), {}), (layer, {"features": 12}), (layer, {"motifs": ["and"]})):
         with pytest.raises(ValueError, match=refused.format("outputs")):
             searched(other, tmp_path, **changes)
@@ -152,6 +155,38 @@ def test_what_is_kept_takes_little_of_the_time(monkeypatch, tmp_path):
 
     assert Stages(tmp_path, "").run("rows", 200, find)["row"].tolist() == list(range(200))
     assert len(writes) == 1 + 200 // 40 + 1 - (200 % 40 == 0)
+
+
+def test_rows_that_are_read_go_where_they_were_found(tmp_path):
+    def find(start):
+        yield {"row": torch.arange(start, 3)}
+
+    Stages(tmp_path).run("rows", 3, find)
+    there = torch.device("meta")
+    assert Stages(tmp_path, device=there).run("rows", 3, find)["row"].device == there
+
+
+def test_a_damaged_state_is_not_taken_for_a_text_that_does_not_fit(unchecked, monkeypatch, tmp_path):
+    """The command passes over circuits that are never active in the text, and says so; not over a damaged state."""
+    raised = []
+
+    def fail(*args, **options):
+        raise raised[-1]
+
+    monkeypatch.setattr(circuits, "test", fail)
+    monkeypatch.setattr(circuits.couplings, "test_coupling", fail)
+    monkeypatch.setattr(circuits.Circuit, "of", lambda lens, one: circuits.Circuit(0, 5, 1, 2))
+    args, console, run = SimpleNamespace(controls=1), Console(quiet=True), {"checkpoint": tmp_path}
+    found, layer = [SimpleNamespace(out=5)], SimpleNamespace(layer=0)
+    coupled = SimpleNamespace(layers=[layer])
+    raised.append(ValueError("texts must hold a position where the pair is active"))
+    assert run_tests(args, console, None, found, [], None, run) == []
+    assert run_coupling_test(layer, coupled, [], 1, None, run) is None
+    raised.append(damaged(tmp_path / "text.safetensors", "its checksum does not match"))
+    with pytest.raises(ValueError, match=r"text\.safetensors is damaged"):
+        run_tests(args, console, None, found, [], None, run)
+    with pytest.raises(ValueError, match=r"text\.safetensors is damaged"):
+        run_coupling_test(layer, coupled, [], 1, None, run)
 
 
 # -- some of the outputs ----------------------------------------------------------------------------------------------
@@ -221,3 +256,8 @@ def test_a_plan_counts_what_was_asked_for(layer, monkeypatch):
     assert some.every == pytest.approx(whole.every)
     assert len(some.outputs) == 5
     assert costs.Plan.of(given, 5, 512, ["readers", "rotation"]).search > some.search
+    with pytest.raises(ValueError, match=r"null must be among .*'readers'.*, got \['raeders'\]"):
+        costs.Plan.of(given, 5, 512, ["raeders"])
+    assert not whole.fewer
+    monkeypatch.setattr(costs, "BUDGET", 1.0)
+    assert [costs.Plan.of(given, 1, n, ["readers"]).fewer for n in (None, 200)] == [True, False]

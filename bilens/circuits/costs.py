@@ -9,13 +9,14 @@ from torch import Tensor
 from bilens.tensor.matrices import frobenius
 from bilens.tensor.precision import product_rates
 
-from .discovery import Layer
-from .nulls import n_draws
+from .discovery import Layer, check_names
+from .nulls import NULLS, n_draws
 from .scoring import feature_gram
 
 BUDGET = 2e13  # operations: ten minutes of one core at 35 GFLOP/s, half a minute of a desktop computer's sixteen
 _TRIDIAGONAL = 3  # the spectrum's ends, in units of the width cubed of fast products
 _DEAR = {"readers": 1.0, "rotation": 2.0, "untrained": 3.0, "signs": 0.0}  # a null output, beside a random direction
+DRAWS = 512
 _LEAST_DRAWS = 256
 
 
@@ -75,10 +76,9 @@ def affordable(layer: Layer) -> int:
     return n if n <= most else 1 << max(0, most.bit_length() - 1)
 
 
-def affordable_draws(layer: Layer, most: int = 512) -> int:
+def affordable_draws(layer: Layer) -> int:
     """Return how many null outputs of each null model `BUDGET` scores: 512, or 256 of a layer where these cost more."""
-    cost = Cost.of(layer, 1)
-    return most if most * cost.pairs <= BUDGET else _LEAST_DRAWS
+    return DRAWS if DRAWS * Cost.of(layer, 1).pairs <= BUDGET else _LEAST_DRAWS
 
 
 @torch.no_grad()
@@ -106,6 +106,7 @@ class Plan:
         outputs: The output features; None for all.
         n_outputs: Of the layer.
         draws: Null outputs of each null model.
+        fewer: Whether these are fewer than `DRAWS` because more would take too long.
         ranking: Seconds of the ranking.
         search: Seconds of the search.
         every: Seconds of both for all output features.
@@ -114,6 +115,7 @@ class Plan:
     outputs: Int[Tensor, " some"] | None
     n_outputs: int
     draws: int
+    fewer: bool
     ranking: float
     search: float
     every: float
@@ -123,12 +125,13 @@ class Plan:
         """Plan for n output features, those with the largest interactions, and some draws; what is affordable if None.
 
         Raises:
-            ValueError: More output features than there are.
+            ValueError: More output features than there are, or an unknown null model.
         """
-        n_all, device = len(layer.readers), layer.readers.device
+        check_names("null", null, tuple(NULLS))
+        n_all, device, fewer = len(layer.readers), layer.readers.device, draws is None
         n, draws = affordable(layer) if n is None else n, affordable_draws(layer) if draws is None else draws
         outputs = None if n == n_all else strongest_outputs(layer, n)
         some, every = Cost.of(layer, n), Cost.of(layer)
         both = every.ranking + every.search(null, draws)
         took = (seconds(one, device) for one in (some.ranking, some.search(null, draws), both))
-        return cls(outputs, n_all, draws, *took)
+        return cls(outputs, n_all, draws, fewer and draws < DRAWS, *took)

@@ -20,6 +20,7 @@ from torch import Tensor
 from bilens.models.logits import logit_directions
 from bilens.models.texts import Texts
 from bilens.models.windows import Windows
+from bilens.tensor.keeping import fingerprint_of
 from bilens.tensor.records import Record
 from bilens.tensor.statistics import pearson
 
@@ -368,7 +369,8 @@ def test_coupling(
         raise ValueError(f"output must lie between 0 and {len(coupling.outputs) - 1}, got {output}")
     left, right = coupling.left.features.tolist(), coupling.right.features.tolist()
     windows = Windows.of(lens.model, texts)
-    said = (left, right, coupling.outputs[output], n_controls, max_windows)
+    direction = coupling.directions[output].to(lens.writers)
+    said = (left, right, fingerprint_of([direction]), n_controls, max_windows)
     stages = text_stages(lens, windows, checkpoint, progress, said, generator)
 
     def both(x: Tensor, y: Tensor) -> Tensor:
@@ -380,7 +382,6 @@ def test_coupling(
     if not together.any():
         n = int(windows.counts.sum())
         raise ValueError(f"texts must hold a position where both groups are active, none of {n} is")
-    direction = coupling.directions[output].to(lens.writers)
     base = Baseline.run(lens, direction, windows, together, max_windows)
     change = -product(lens, base.z, left, right)
     before, scale = _read(base)

@@ -80,7 +80,7 @@ class Discoveries(Record, held="found"):
 
     def of(self, motif: str) -> tuple[Discovery, ...]:
         """Return the discoveries of one motif, the most significant first."""
-        _check_names("motif", [motif], self.motifs)
+        check_names("motif", [motif], self.motifs)
         return tuple(one for one in self.found if one.motif == motif)
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,10 +179,10 @@ def search(
             that is damaged or of another search.
     """
     null = (null,) if isinstance(null, str) else tuple(null)
-    _check_names("null", null, tuple(NULLS))
+    check_names("null", null, tuple(NULLS))
     testable = tuple(motif for motif in MOTIFS if all(motif in NULLS[name] for name in null))
     motifs = testable if motifs is None else tuple(motifs)
-    _check_names("motifs", motifs, MOTIFS)
+    check_names("motifs", motifs, MOTIFS)
     if untestable := [motif for motif in motifs if motif not in testable]:
         raise ValueError(f"motifs must be among {testable} for null={null}, got {untestable}")
     known = features if isinstance(features, Tensor) else None
@@ -222,7 +222,7 @@ def _stages(task: Scoring, known: Tensor | None, folder: str | os.PathLike[str] 
         return Stages(progress=progress)
     B, said = task.B, (task.motifs, task.features, task.most)
     depends = fingerprint_of((B.down, B.left, B.right, task.readers, task.writers, known), *said)
-    return Stages(user_path(folder), depends, progress)
+    return Stages(user_path(folder), depends, progress, B.down.device)
 
 
 def _observed(task: Scoring, known: Tensor | None, stages: Stages) -> tuple[Tensor, Strongest, Ends | None]:
@@ -244,7 +244,12 @@ def q_values(p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.from_numpy(false_discovery_control(p.cpu().numpy(), axis=None)).to(p).reshape(p.shape)
 
 
-def _check_names(argument: str, names: Sequence[str], valid: Sequence[str]) -> None:
+def check_names(argument: str, names: Sequence[str], valid: Sequence[str]) -> None:
+    """Make sure that there are names, each once, and all of them valid.
+
+    Raises:
+        ValueError: There are not; the message names the argument.
+    """
     if not names or any(name not in valid for name in names):
         raise ValueError(f"{argument} must be among {tuple(valid)}, got {list(names)}")
     if len(set(names)) < len(names):

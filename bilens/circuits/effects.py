@@ -110,7 +110,7 @@ class Baseline:
                 pre = (change.to(self.reader) @ self.reader).abs().mean().double()
                 yield {"effect": torch.stack((pre, *self.compare(self.with_change(change))))[None]}
 
-        return Effects(*stages.run(stage, n, measured, unit="edit")["effect"].to(self.x.device).T)
+        return Effects(*stages.run(stage, n, measured, unit="edit")["effect"].T)
 
     def compare(self, logits: Float[Tensor, "position vocab"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mean divergence, change of the logits, and change of the loss; in float64, as they can be tiny."""

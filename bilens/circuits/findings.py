@@ -75,6 +75,9 @@ def describe(
         n_pairs: How many pairs.
         progress: Show how far the predictions are.
         checkpoint: Folder to keep their state in, from which the same call goes on after a kill.
+
+    Raises:
+        ValueError: No such output feature, or a checkpoint that is damaged or of another call.
     """
     tests = {test.circuit.feature: test for test in tested}
     found = discoveries.found if discoveries is not None else ()

@@ -23,17 +23,22 @@ def text_stages(
 ) -> Stages:
     """Return the stages of a call: of this model, these SAEs and texts, and all that was said, drawn from here on.
 
+    Weights are known whatever their dtype, so the model's is said too; the shapes hold what no weight tells: of the
+    positions, of norms, how many features a TopK SAE keeps.
+
     Args:
         lens: The layer.
         windows: The text.
         folder: Where they are kept; nowhere if `None`.
         progress: Whether each shows a bar.
-        said: The other arguments.
+        said: The other arguments, such that `repr` tells all of them; of a tensor its `fingerprint_of`.
         generator: Where what is random comes from.
     """
     if folder is None:
         return Stages(progress=progress)
     drawn = None if generator is None else generator.get_state()
     of = [fingerprint(module) for module in (lens.model, lens.inp, lens.out)]
-    tensors = (windows.tokens, windows.counts, lens.readers, lens.writers, drawn)
-    return Stages(user_path(folder), fingerprint_of(tensors, lens.layer, of, said), progress)
+    shapes = (lens.model.W_E.dtype, lens.model.cfg, lens.inp.cfg, lens.out.cfg)
+    tensors = (windows.tokens, windows.counts, windows.attend, lens.readers, lens.writers, drawn)
+    depends = fingerprint_of(tensors, lens.layer, of, shapes, said)
+    return Stages(user_path(folder), depends, progress, lens.readers.device)

@@ -55,9 +55,10 @@ def write_report(
         path: The file; it is replaced.
         lens: The layer.
         findings: What to show in detail, from `circuits.describe`.
-        discoveries: What the search found in all output features.
+        discoveries: What the search found. Where it looked at some output features only, so must `ranking` and
+            `strongest`: captions say so of all three.
         ranking: Output features by spectral outliers.
-        strongest: The strongest pairs of the whole layer.
+        strongest: The strongest pairs of the layer.
         negation: What the model does with negators; it comes first.
         marked: Sentences in which the features of negators and sentiment are marked.
         couplings: Of a model that gives no verdicts: negators and sentiment as groups, layer by layer.

@@ -148,7 +148,7 @@ def tables(
     """
     found, some, every = [], "", "all output features, every one looked at"
     if discoveries is not None and discoveries.outputs is not None:
-        every = f"{discoveries.looked_at} output features, those with the largest interactions; the others are left out"
+        every = f"{discoveries.looked_at} output features; the others are left out"
         some = f", among {every}"
     if strongest is not None:
         rows = [

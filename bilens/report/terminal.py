@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from bilens.circuits.attribution import Attribution
-from bilens.circuits.costs import Plan
+from bilens.circuits.costs import DRAWS, Plan
 from bilens.circuits.couplings import CouplingTest, NegationCouplings
 from bilens.circuits.discovery import Discoveries
 from bilens.circuits.findings import Finding
@@ -42,6 +42,10 @@ def print_plan(console: Console, lens: FeatureLayer, plan: Plan) -> None:
             f"those with the largest interactions; the others are left out. All take about {_time(plan.every)} here: "
             "--outputs all"
         ]
+    if plan.fewer:
+        said += [
+            f"layer {lens.layer}: {plan.draws} outputs are drawn from each null model, not {DRAWS}: --draws {DRAWS}"
+        ]
     if plan.ranking + plan.search > LONG:
         shorter = "fewer --outputs and --draws make it shorter, --resume FOLDER lets it go on after a kill"
         said += [
@@ -74,7 +78,8 @@ def print_ranking(
 def print_findings(console: Console, found: Discoveries, findings: Sequence[Finding]) -> None:
     """Print what was found in the output features that the report shows in detail."""
     outs = len({one.out for one in found.found})
-    console.print(f"{len(found.found)} motifs in {outs} of {found.looked_at} output features, FDR {found.fdr:g}")
+    some = "" if found.outputs is None else f" searched, {found.n_outputs} in all"
+    console.print(f"{len(found.found)} motifs in {outs} of {len(found.score)} output features{some}, FDR {found.fdr:g}")
     title = "motifs from the weights; correlation with what two eigenvectors predict; removal of the pair tested"
     rows = []
     for one in findings:

@@ -187,15 +187,19 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     return told
 
 
-def damaged(path: str | os.PathLike[str], why: str) -> ValueError:
-    """Return the error for a state that cannot be gone on from, to be raised: it says which, why, and what to do."""
-    return ValueError(f"{path} is damaged: {why}; delete it, and the same call starts anew")
+class StateError(ValueError):
+    """A state on disk that cannot be gone on from."""
 
 
-def foreign(path: str | os.PathLike[str], theirs: Any, mine: str) -> ValueError:
+def damaged(path: str | os.PathLike[str], why: str) -> StateError:
+    """Return the error for a state that is damaged, to be raised: it says which, why, and what to do."""
+    return StateError(f"{path} is damaged: {why}; delete it, and the same call starts anew")
+
+
+def foreign(path: str | os.PathLike[str], theirs: Any, mine: str) -> StateError:
     """Return the error for a state of another call, to be raised, given both fingerprints."""
-    return ValueError(
-        f"checkpoint must be of this search, but {path} is of one with other weights, bases or "
+    return StateError(
+        f"checkpoint must be of this call, but {path} is of one with other weights, bases, texts, random numbers or "
         f"arguments (fingerprint {theirs!s:.12}, not {mine:.12}): remove it or name another folder"
     )
 

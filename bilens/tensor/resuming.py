@@ -31,6 +31,7 @@ class Stages:
     folder: Path | None = None  # nothing is kept where there is none
     fingerprint: str = ""
     progress: bool = False
+    device: torch.device | None = None  # where the rows are found, and so where those that are read go
 
     def run(
         self,
@@ -76,7 +77,7 @@ class _Kept:
     """The file of one stage."""
 
     def __init__(self, path: Path, stages: Stages, n: int, generator: torch.Generator | None):
-        self.path, self.n, self.generator = path, n, generator
+        self.path, self.n, self.generator, self.device = path, n, generator, stages.device
         stood = None if generator is None else generator.get_state()
         self.fingerprint = fingerprint_of([stood], stages.fingerprint, path.name, n)
         self.saved, self.took = time.monotonic(), 0.0
@@ -97,7 +98,7 @@ class _Kept:
             wrong = {name: length for name, length in wrong.items() if length != done}
         if wrong:
             raise damaged(self.path, f"every column must have {done} rows, got {_said(wrong)}")
-        return done, [rows], left
+        return done, [{name: column.to(device=self.device) for name, column in rows.items()}], left
 
     def due(self) -> bool:
         """Return whether the last checkpoint is old, beside the time that it took."""
@@ -117,11 +118,8 @@ def _length(rows: Rows) -> int:
 
 
 def _joined(parts: list[Rows]) -> Rows:
-    """Return the rows of all parts; where they were read from a file, on the device of those found now."""
-    if len(parts) == 1:
-        return parts[0]
-    device = next(iter(parts[-1].values())).device
-    return {name: torch.cat([part[name].to(device) for part in parts]) for name in parts[-1]}
+    """Return the rows of all parts."""
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[-1]}
 
 
 def _said(lengths: Mapping[str, Any]) -> str:
