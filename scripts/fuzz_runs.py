@@ -256,6 +256,9 @@ def _check_left(bench: Bench) -> None:
             hooks.clear()
     right(not left, f"{len(left)} hooks are left: {left[:3]}")
     right(model.context_level == 0, f"context_level {model.context_level}")
+    graded = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    right(graded, "gradients are left off")
     loss = model(bench.tokens, "loss").item()
     right(loss == bench.loss, f"loss {loss} against {bench.loss}")
     folder = bench.folder / "case"
@@ -269,7 +272,7 @@ def _check_left(bench: Bench) -> None:
 
 def _traced(call: Callable[[], Any], stop: int | None) -> int:
     """Run a call and count its lines in bilens and transformer_lens; interrupt it, as Ctrl-C does, at one of them."""
-    count, frames = 0, ("/bilens/", "/transformer_lens/", "contextlib.py")
+    count, frames = 0, ("/bilens/", "/transformer_lens/", "/contextlib.py")
 
     def lines(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count
