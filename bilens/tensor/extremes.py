@@ -1,8 +1,14 @@
 """The ends of a spectrum, where the whole of it is not needed."""
 
+from functools import cache
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 _TOLERANCE = 1e-12  # of the norm: the sum of the other squares is what these two leave of it
 
@@ -21,14 +27,22 @@ def two_strongest(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Floa
     return values[:, :2], values[:, 2:].pow(2).mean(1)
 
 
+@cache
+def _libraries() -> "ThreadpoolController":
+    """Return what sets the threads of BLAS: it looks through all libraries that are loaded, for milliseconds."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
 def _by_bisection(M: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:
     from scipy.linalg import get_lapack_funcs  # a tenth of a second to import
     from scipy.linalg.lapack import dstebz
-    from threadpoolctl import threadpool_limits
 
     (sytrd,) = get_lapack_funcs(("sytrd",), dtype=M.numpy().dtype)
     d, found = M.shape[-1], []
-    with threadpool_limits(1, "blas"):  # on matrices of this size its threads wait for each other, and for torch's
+    # on matrices of this size the threads of BLAS wait for each other, and for torch's
+    with _libraries().limit(limits=1, user_api="blas"):
         for matrix in M.numpy():
             _, diagonal, beside, _, info = sytrd(matrix.T, lower=0, lwork=32 * d)  # the transpose, as Fortran has it
             if info or not (total := float(diagonal.astype("f8") @ diagonal + 2 * (beside.astype("f8") @ beside))):

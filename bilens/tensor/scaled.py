@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -50,12 +51,11 @@ class Scaled:
         """Prepare a layer to be screened in some dtype."""
         D = torch.eye(B.inp, dtype=B.down.dtype, device=B.down.device) if inp is None else with_constant(inp, B)
         D, e_inp = _scaled("inp", D)
-        frame = _frame(D, B.out if out is None else len(out), dtype)
-        residual, length, base_error = frame.residual(D)
+        frame, (residual, length, base_error) = _frame(D, B.out if out is None else len(out), dtype)
         terms = residual.new_zeros(B.hidden)
         if frame.n_base:
-            norms = (torch.linalg.vector_norm(f.double(), dim=1) for f in (B.left, B.right))
-            terms = next(norms) * next(norms)
+            left_norm, right_norm = (torch.linalg.vector_norm(f.double(), dim=1) for f in (B.left, B.right))
+            terms = left_norm * right_norm
             B = BilinearTensor(B.down.double(), *(f.double() @ frame.base.T for f in (B.left, B.right)))
         width = -(-B.inp // WIDTHS) * WIDTHS
         if out is None:
@@ -89,6 +89,11 @@ class Scaled:
             residual=residual[features],
             length=length[features],
         )
+
+    @cached_property
+    def place(self) -> Int[Tensor, " n_in"]:
+        """Where each feature stands: `features`, the other way round."""
+        return self.features.argsort()
 
     @property
     def n_out(self) -> int:
@@ -132,17 +137,19 @@ class Scaled:
         return sum(part.nbytes for part in kept if isinstance(part, Tensor))
 
 
-def _frame(D: Tensor, n_out: int, dtype: torch.dtype) -> Frame:
-    """Return the basis to screen in: that of the writers pays in float32 and for enough outputs.
+def _frame(D: Tensor, n_out: int, dtype: torch.dtype) -> tuple[Frame, tuple[Tensor, Tensor, float]]:
+    """Return the basis to screen in, and its `residual`: that of the writers pays in float32 and for enough outputs.
 
     Its weights are a few times as long as the writers, which the bounds of lower precision feel. It must hold each
     writer as exactly as float32 does.
     """
-    if dtype != torch.float32 or n_out < _ENOUGH or not len(D):
-        return Frame.plain(D)
-    frame = Frame.of(D.double())
-    residual, length, _ = frame.residual(D)
-    return frame if (residual <= FLOAT32_ROUNDOFF * length).all() else Frame.plain(D)
+    if dtype == torch.float32 and n_out >= _ENOUGH and len(D):
+        frame = Frame.of(D.double())
+        residual, length, base_error = frame.residual(D)
+        if (residual <= FLOAT32_ROUNDOFF * length).all():
+            return frame, (residual, length, base_error)
+    plain = Frame.plain(D)
+    return plain, plain.residual(D)
 
 
 def _scaled(name: str, tensor: Tensor) -> tuple[Tensor, int]:

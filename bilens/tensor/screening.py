@@ -222,7 +222,7 @@ class Block:
     def _strongest_features(self) -> Int[Tensor, "n most"]:
         """Return the features with the largest coefficients, computed again in float32 where they may be among them."""
         layer, most = self.layer, self.search.features.shape[1]
-        largest = self.largest[:, layer.features.argsort()]
+        largest = self.largest[:, layer.place]
         if layer.dtype != torch.float32:
             off = layer.roundoff * largest + self._slack(0, layer.n_in, 0, layer.n_in).amax(0)[:, None]
             least = (largest - off).topk(most).values[:, -1:]
@@ -262,7 +262,6 @@ class Block:
     def _refined(self, pool: Pool) -> Pool:
         """Compute this block's candidates again in float32, which leaves few of them to verify."""
         layer, size, slack = self.layer, pool.size.clone(), pool.slack.clone()
-        place = layer.features.argsort()
         mine = ((pool.out >= self.first) & pool.unsure()).nonzero()[:, 0]
         mine = mine[pool.out[mine].argsort(stable=True)]
         outs, counts = pool.out[mine].unique_consecutive(return_counts=True)
@@ -271,7 +270,7 @@ class Block:
             half = torch.where(pool.left[some] == pool.right[some], 0.5, 1.0)
             size[some] = ((left @ self.M[out]) * right).sum(1).abs().double() * half * self.scale[out]
             norms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
-            basis = self.bounds[2, place[pool.left[some]], out]
+            basis = self.bounds[2, layer.place[pool.left[some]], out]
             slack[some] = (self.M_slack[out] * norms + basis + _UNDERFLOW).double() * self.scale[out]
         better = slack < pool.slack
         size, slack = torch.where(better, size, pool.size), torch.where(better, slack, pool.slack)
