@@ -173,7 +173,7 @@ def matched_pairs(base: Baseline, c: Circuit, n: int, stages: Stages = UNKEPT) -
     as_they_are = (strength * term for strength, term in zip(strengths, terms, strict=True))
     rescaled = (strength * term for strength, term in zip(strengths, terms / scale[:, None], strict=True))
     effects = (
-        base.effects(changes, len(left), stages, stage)
-        for changes, stage in ((as_they_are, "pairs"), (rescaled, "pairs-rescaled"))
+        base.effects(as_they_are, len(left), stages, "pairs"),
+        base.effects(rescaled, len(left), stages, "pairs-rescaled"),
     )
     return MatchedPairs(left, right, scale, *effects, base.lens.name)

@@ -393,8 +393,9 @@ def test_coupling(
     sizes = torch.stack([one.norm() for one in changes]) / change.norm()
     rescaled = (one / size for one, size in zip(changes, sizes, strict=True))
     effects = (
-        base.effects(some, len(sizes) if stage else 1, stages, f"groups{stage}")
-        for some, stage in (([change], ""), (changes, "-others"), (rescaled, "-rescaled"))
+        base.effects([change], 1, stages, "groups"),
+        base.effects(changes, len(changes), stages, "groups-others"),
+        base.effects(rescaled, len(changes), stages, "groups-rescaled"),
     )
     n_windows, n_all = len(base.windows), int(together.sum())
     name = coupling.outputs[output]

@@ -62,9 +62,7 @@ class Discoveries(Record, held="found"):
     nulls: tuple[Null, ...]
     fdr: float
     found: tuple[Discovery, ...]  # lowest q first, then lowest p, ties by output
-    ends: Ends | None = (
-        None  # of these outputs' spectra, for `circuits.outliers`; None where outliers were not asked for
-    )
+    ends: Ends | None = None  # of these outputs' spectra, for `circuits.outliers`; None where they were not asked for
     outputs: Int[Tensor, " out"] | None = None  # the output features that were looked at; None for all
     n_outputs: int | None = None  # of the layer
 

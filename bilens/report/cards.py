@@ -60,10 +60,9 @@ def _contexts(stored: FeatureCards, feature: int, n: int = 6) -> Iterator[list[W
     for tokens, values in windows:
         there = [at for at, token in enumerate(tokens) if token >= 0]
         texts = model.spellings(tokens[at] for at in there)
-        shades = [max(values[at], 0) / strongest for at in there]
         words = [
-            Word(text, shade, at == contexts.peak, f"{values[at]:.2f}")
-            for at, text, shade in zip(there, texts, shades, strict=True)
+            Word(text, max(values[at], 0) / strongest, at == contexts.peak, f"{values[at]:.2f}")
+            for at, text in zip(there, texts, strict=True)
         ]
         if words:
             yield words

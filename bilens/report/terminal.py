@@ -1,6 +1,7 @@
 """What the command line prints: tables for people."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rich.console import Console
 
@@ -35,25 +36,21 @@ def _ranked(console: Console, title: str, record: Tabular, shown: Mapping[str, s
 
 def print_plan(console: Console, lens: FeatureLayer, plan: Plan) -> None:
     """Say what is left out of the ranking and the search, and how long they take if that is more than a minute."""
-    said = []
+    say = partial(console.print, markup=False)
     if plan.outputs is not None:
-        said += [
+        say(
             f"layer {lens.layer}: {len(plan.outputs)} of {plan.n_outputs} output features are ranked and searched, "
             f"those with the largest interactions; the others are left out. All take about {_time(plan.every)} here: "
             "--outputs all"
-        ]
+        )
     if plan.fewer:
-        said += [
-            f"layer {lens.layer}: {plan.draws} outputs are drawn from each null model, not {DRAWS}: --draws {DRAWS}"
-        ]
+        say(f"layer {lens.layer}: {plan.draws} outputs are drawn from each null model, not {DRAWS}: --draws {DRAWS}")
     if plan.ranking + plan.search > LONG:
-        shorter = "fewer --outputs and --draws make it shorter, --resume FOLDER lets it go on after a kill"
-        said += [
+        say(
             f"ranking takes about {_time(plan.ranking)}, the search with {plan.draws} null outputs about "
-            f"{_time(plan.search)}; {shorter}"
-        ]
-    for line in said:
-        console.print(line, markup=False)
+            f"{_time(plan.search)}; fewer --outputs and --draws make it shorter, --resume FOLDER lets it go on after a "
+            "kill"
+        )
 
 
 def _time(seconds: float) -> str:

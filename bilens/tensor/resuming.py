@@ -1,10 +1,9 @@
 """The rows that a long call finds, kept on disk stage by stage: the same call goes on from there after a kill."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,10 +93,9 @@ class _Kept:
             raise damaged(self.path, f"next must lie between 1 and {self.n}, got {done!r}")
         if not rows or (left is None) != (self.generator is None):
             raise damaged(self.path, f"it holds {', '.join(sorted(rows)) or 'nothing'}")
-        if wrong := {name: len(column) if column.ndim else None for name, column in rows.items()}:
-            wrong = {name: length for name, length in wrong.items() if length != done}
-        if wrong:
-            raise damaged(self.path, f"every column must have {done} rows, got {_said(wrong)}")
+        lengths = {name: len(column) if column.ndim else None for name, column in rows.items()}
+        if wrong := [f"{name} {length}" for name, length in lengths.items() if length != done]:
+            raise damaged(self.path, f"every column must have {done} rows, got {', '.join(wrong)}")
         return done, [{name: column.to(device=self.device) for name, column in rows.items()}], left
 
     def due(self) -> bool:
@@ -120,7 +118,3 @@ def _length(rows: Rows) -> int:
 def _joined(parts: list[Rows]) -> Rows:
     """Return the rows of all parts."""
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[-1]}
-
-
-def _said(lengths: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {length}" for name, length in lengths.items())
