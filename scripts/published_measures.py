@@ -12,8 +12,9 @@ from published_studies import NEGATION, NOT_BAD, NOT_GOOD, Study, Subject
 from torch import Tensor
 
 import bilens
-from bilens import circuits, saes
+from bilens import saes
 from bilens.circuits.layer import FeatureLayer
+from bilens.circuits.spectral import pairs_of
 from bilens.models.logits import logit_directions
 from bilens.models.windows import observed
 from bilens.tensor.statistics import pearson
@@ -81,19 +82,20 @@ def negation_circuit(subject: Subject, once: Once) -> dict[str, Any]:
         subject.model, study.layer, study.scope, study.inp, study.out, subject.revisions.get(study.scope)
     )
     parts = (NOT_GOOD, NOT_BAD)
-    found = {str(feature): one_output(subject, lens, feature) for feature in parts}
+    strongest = pairs_of(lens, parts, 15)
+    found = {str(pairs.out[0].item()): one_output(subject, lens, pairs) for pairs in strongest}
     decoder = torch.nn.functional.normalize(lens.out.W_dec[list(parts)], dim=1)
     return {"features": found, "cosine": (decoder[0] @ decoder[1]).item()}
 
 
-def one_output(subject: Subject, lens: FeatureLayer, feature: int) -> dict[str, Any]:
-    """Look at one output feature: spectrum, plane, strongest pairs, prediction."""
+def one_output(subject: Subject, lens: FeatureLayer, pairs: bilens.Interactions) -> dict[str, Any]:
+    """Look at one output feature beside its strongest pairs: spectrum, plane, prediction."""
+    feature = pairs.out[0].item()
     top = lens.eigen(feature)
     members = [f for group in NEGATION.values() for f in group]
     unit = torch.nn.functional.normalize(lens.writers[members], dim=1)
     Q = lens.coefficients(feature)
     cross = 2 * Q[torch.triu(torch.ones_like(Q), 1) > 0]
-    pairs = circuits.pairs(lens, feature, 15)
     legs = (pairs.left, pairs.right, pairs.value)
     between = Q[list(NEGATION["not"])][:, list(NEGATION["bad"] + NEGATION["good"])]
     return {

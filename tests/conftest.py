@@ -129,17 +129,9 @@ def unchecked():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A running server that the real client takes for the Hub, with an empty cache for the client."""
-    from hub_server import serving
-    from huggingface_hub import constants
+    from hub_server import as_the_hub
 
-    with serving() as hub:
-        # The client reads its environment variables at import: these are what HF_ENDPOINT, HF_HOME, ... set.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with as_the_hub(monkeypatch, tmp_path / "home" / "hub") as hub:
         yield hub
 
 

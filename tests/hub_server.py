@@ -195,3 +195,20 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def as_the_hub(patch, cache) -> Iterator[Hub]:
+    """Run a server that the real client takes for the Hub, with a folder for the client's cache."""
+    from huggingface_hub import constants, hf_api
+
+    with serving() as hub:
+        # The client reads its environment variables at import: these are what HF_ENDPOINT, HF_HOME, ... set.
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(hf_api.api, "endpoint", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub

@@ -3,18 +3,19 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import twin
-from hub_server import Handler
+from hub_server import as_the_hub
+from huggingface_hub import constants
 
 import bilens
 from bilens.circuits.compiled import write_scope
@@ -53,24 +54,12 @@ def reference() -> twin.Reference:
 
 
 @pytest.fixture
-def served(hub, files, monkeypatch):
-    """A Hub with the twin on it, which also lists the files of a repository."""
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-    plain = Handler.do_GET
+def served(hub, files):
+    """A Hub with the twin on it."""
+    return serve(hub, files)
 
-    def do_get(self):
-        found = re.match(r"/api/models/([^/]+/[^/]+)/tree/([^/?]+)", self.path)
-        if "/resolve/" in self.path or self.path.startswith("/api/models?"):
-            return plain(self)
-        if not found:
-            return self.answer_error(404, "EntryNotFound")
-        states = self.server.hub.repos.get(found[1], {})
-        if found[2] not in states:
-            return self.answer_error(404, "RevisionNotFound" if states else "RepoNotFound")
-        rows = [{"type": "file", "path": p, "size": len(b), "oid": "0" * 40} for p, b in states[found[2]].items()]
-        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(rows).encode())
 
-    monkeypatch.setattr(Handler, "do_GET", do_get)
+def serve(hub, files):
     for repo, some in files.items():
         hub.commit(repo, some)
     return hub
@@ -78,9 +67,25 @@ def served(hub, files, monkeypatch):
 
 @pytest.fixture
 def command(tmp_path):
-    corpus = twin.write_texts(tmp_path / "texts.jsonl", twin.make_texts(N_TEXTS))
+    return command_in(tmp_path)
+
+
+def command_in(folder):
+    """Write the texts, and return what gives the arguments of a run whose output is in a folder of that name."""
+    corpus = twin.write_texts(folder / "texts.jsonl", twin.make_texts(N_TEXTS))
     options = ["--models", "ts-medium", "--tinystories", str(corpus), "--sequences", str(N_TEXTS)]
-    return lambda out="out", *more: [*options, "--out", str(tmp_path / out), *more]
+    return lambda out="out", *more: [*options, "--out", str(folder / out), *more]
+
+
+@pytest.fixture(scope="module")
+def straight(files, tmp_path_factory):
+    """The folder of a run that nothing disturbed, which ended well: its output in `out`, the Hub's cache in `hub`."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch, as_the_hub(patch, folder / "hub") as hub:
+        serve(hub, files)
+        end = run(command_in(folder)())
+    assert end.startswith("10 of "), end
+    return folder
 
 
 def run(arguments: list[str]) -> str:
@@ -104,17 +109,15 @@ def close(found, wanted):
 # -- what was planted -------------------------------------------------------------------------------------------------
 
 
-def test_every_planted_number_is_found(served, command, reference, tmp_path):
-    end = run(command())
-    assert end.startswith("10 of "), end
-    found = results(tmp_path / "out")
+def test_every_planted_number_is_found(straight, reference):
+    found = results(straight / "out")
     check_losses(found, reference)
     for feature in (twin.NOT_GOOD, twin.NOT_BAD):
         check_output(found["circuit"]["features"][str(feature)], feature, reference)
     close(found["circuit"]["cosine"], twin.COSINE)
     check_low_rank(found["low-rank"], reference)
-    check_ranking(found["ranking"], reference, served, tmp_path)
-    page = (tmp_path / "out" / "page.html").read_text()
+    check_ranking(found["ranking"], reference)
+    page = (straight / "out" / "page.html").read_text()
     assert "-0.66281" in page
     assert page.count('class="plot"') == 10
     assert "http://" not in page.split("<script")[0]
@@ -173,7 +176,7 @@ def check_low_rank(found, reference):
         close(row["r2"], 1 - np.var((y[feature] - two)[active]) / np.var(y[feature][active]))
 
 
-def check_ranking(found, reference, served, tmp_path):
+def check_ranking(found, reference):
     assert found["top"][:5] == [1179, 1882, 461, 111, 1219]
     for feature in found["top"][:5]:
         wanted = np.abs(reference.spectrum(feature)[0][:2]).sum()
@@ -190,7 +193,7 @@ def check_ranking(found, reference, served, tmp_path):
 # -- from killed to the same page -------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed_gives_the_same_page(served, command, tmp_path, monkeypatch):
+def test_killed_and_resumed_gives_the_same_page(served, straight, command, tmp_path, monkeypatch):
     home = tmp_path / "home"
     environment = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": served.url, "PYTHONPATH": str(SCRIPTS.parent)}
     line = [sys.executable, str(SCRIPTS / "reproduce.py"), "published", *command()]
@@ -205,9 +208,8 @@ def test_killed_and_resumed_gives_the_same_page(served, command, tmp_path, monke
     written = first.stat().st_mtime_ns
     run(command())
     assert first.stat().st_mtime_ns == written
-    run(command("again"))
     page = (tmp_path / "out" / "page.html").read_bytes()
-    assert page == (tmp_path / "again" / "page.html").read_bytes()
+    assert page == (straight / "out" / "page.html").read_bytes()
     monkeypatch.setattr(measures, "curves", lambda *args: pytest.fail("was measured again"))
     run(command())
     assert (tmp_path / "out" / "page.html").read_bytes() == page
@@ -231,8 +233,8 @@ def test_a_killed_measurement_goes_on_where_it_was(served, command, tmp_path, mo
     assert sum(calls) == features + calls[1]
 
 
-def test_other_text_is_measured_again(served, command, tmp_path):
-    run(command())
+def test_other_text_is_measured_again(served, straight, command, tmp_path):
+    shutil.copytree(straight / "out", tmp_path / "out")
     before = results(tmp_path / "out")
     (tmp_path / "texts.jsonl").unlink()
     twin.write_texts(tmp_path / "texts.jsonl", twin.make_texts(N_TEXTS, seed=1))
@@ -289,13 +291,12 @@ def test_an_interrupted_download_goes_on(served, command, tmp_path, reference):
     check_losses(results(tmp_path / "out"), reference)
 
 
-def test_offline_from_the_cache_gives_the_same_page(served, offline, command, tmp_path):
-    run(command())
-    served.asked.clear()
+def test_offline_from_the_cache_gives_the_same_page(served, straight, offline, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(straight / "hub"))
     offline()
-    run(command("again"))
+    run(command())
     assert served.asked == []
-    pages = [(tmp_path / out / "page.html").read_text() for out in ("out", "again")]
+    pages = [(folder / "out" / "page.html").read_text() for folder in (straight, tmp_path)]
     tables = [re.sub(r"<tr>.*not measured.*</tr>", "", page) for page in pages]  # why is another matter offline
     assert tables[0] == tables[1]
 
