@@ -134,8 +134,8 @@ def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen,
     plan(g)
     with patch.object(scaled, "_ENOUGH", enough):
         found = top_interactions(B, k, out, inp, screen=screen, memory=memory, per_output=4)
-    expected = brute_force(B.to(torch.float64), out, inp)[:k]
-    exact = {tuple(pair): value for value, *pair in brute_force(B.to(torch.float64), out, inp)}
+    every = brute_force(B.to(torch.float64), out, inp)
+    expected, exact = every[:k], {tuple(pair): value for value, *pair in every}
     tolerance = 1e-11 if wide else 1e-6
     assert len(found.value) == len(expected) == len({tuple(pair) for _, *pair in listed(found)})
     for (value, *pair), (best, *_) in zip(listed(found), expected, strict=True):
@@ -143,7 +143,7 @@ def test_real_numbers_with_rows_of_all_kinds(plan, seed, k, scale, wide, screen,
         assert abs(value) == pytest.approx(abs(best), rel=tolerance, abs=1e-13 * scale)
     assert found.certificate.error <= found.certificate.bound
     small = found.per_output.value[20:24].tolist()  # of the output feature that is tiny beside the others
-    strongest = [value for value, o, *_ in brute_force(B.to(torch.float64), out, inp) if o == 5][:4]
+    strongest = [value for value, o, *_ in every if o == 5][:4]
     assert [abs(value) for value in small] == pytest.approx([abs(value) for value in strongest], rel=tolerance)
 
 

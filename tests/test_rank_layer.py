@@ -77,14 +77,6 @@ def test_a_killed_run_resumes_identically(straight, tmp_path):
     assert tables(tmp_path) == tables(straight)
 
 
-def test_two_processes_write_the_same_table(straight, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    given = command(tmp_path, "--format", "csv")[1:]
-    done = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert tables(tmp_path) == tables(straight)
-
-
 def test_a_folder_begun_with_other_arguments_is_refused(straight):
     with pytest.raises(SystemExit, match=r"was begun with something else[^$]*arguments\.k: 300 there, 299 now"):
         run(straight, "--format", "csv", "-k", "299")
@@ -92,16 +84,27 @@ def test_a_folder_begun_with_other_arguments_is_refused(straight):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """SAEs of the layer cut to their first 32 features."""
+    """SAEs of the layer cut to their first 96 features."""
     folder = tmp_path_factory.mktemp("saes")
     for hook in ("blocks.2.hook_mlp_in", "blocks.2.hook_mlp_out"):
         sae = bilens.saes.load("bilens-mini", hook)
-        small = TopKSAE(dataclasses.replace(sae.cfg, d_sae=32, k=min(sae.cfg.k, 32)))
+        small = TopKSAE(dataclasses.replace(sae.cfg, d_sae=96, k=min(sae.cfg.k, 96)))
         whole = sae.state_dict()
-        cut = {"W_enc": whole["W_enc"][:, :32], "b_dec": whole["b_dec"]}
-        small.load_state_dict(cut | {name: whole[name][:32] for name in ("W_dec", "b_enc")})
+        cut = {"W_enc": whole["W_enc"][:, :96], "b_dec": whole["b_dec"]}
+        small.load_state_dict(cut | {name: whole[name][:96] for name in ("W_dec", "b_enc")})
         bilens.saes.save(small, folder / hook)
     return folder
+
+
+def test_two_processes_write_the_same_table(few, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    given = ("--saes", str(few), "--format", "csv")
+    done = subprocess.run(
+        [*launch, *command(tmp_path / "two", *given)[1:]], capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    run(tmp_path / "one", *given)
+    assert tables(tmp_path / "two") == tables(tmp_path / "one")
 
 
 def test_parquet(few, tmp_path):
