@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 REPORT = Path("bilens-report.html")
+NULLS = ("readers", "rotation", "signs", "untrained")  # those of circuits.nulls, which takes long to import
 
 
 def mistyped(word: str, commands: Iterable[str]) -> str | None:
@@ -73,7 +74,9 @@ def parser_of_commands() -> argparse.ArgumentParser:
     one.add_argument("--features", type=int, default=6, help="output features to report in detail")
     one.add_argument("--tests", type=int, default=1, help="of how many the strongest pair is tested on the text")
     one.add_argument("--controls", type=int, default=20, help="matched pairs that a tested pair is compared with")
-    one.add_argument("--null", nargs="+", default=["readers"], help="readers, rotation, untrained; beside them signs")
+    one.add_argument(
+        "--null", nargs="+", choices=NULLS, default=["readers"], help="null models; signs only beside another"
+    )
     some = "output features to rank and search, those with the largest interactions, or all (default: all, unless"
     one.add_argument("--outputs", type=_number_or_all, help=f"{some} that takes hours)")
     one.add_argument("--draws", type=int, help="null outputs per null model (default: 512, or 256 of a large layer)")

@@ -14,7 +14,9 @@ from rich.console import Console
 from sae_lens import TopKSAE
 
 import bilens
+from bilens import arguments
 from bilens.__main__ import COMMANDS, ask, main, read_texts
+from bilens.circuits import nulls
 
 
 def run(folder, *args):
@@ -187,6 +189,13 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_command_knows_the_null_models(capsys):
+    assert set(arguments.NULLS) == set(nulls.NULLS)
+    with pytest.raises(SystemExit, match="2"):
+        main(["circuits", "--null", "reader"])
+    assert "invalid choice: 'reader'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
