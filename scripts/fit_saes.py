@@ -34,6 +34,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, default=5e6, help="activations to train on")
     parser.add_argument("--finetune-below", type=float, default=0.92, help="fine-tune SAEs that recover less loss")
     parser.add_argument("--finetune-tokens", type=float, default=2.5e5, help="tokens to fine-tune them on")
+    parser.add_argument("--finetune-windows", type=int, default=4, help="windows per step of the fine-tuning")
+    parser.add_argument("--finetune-lr", type=float, default=3e-4)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--texts", type=int, default=40_000, help="texts to draw the activations from")
@@ -70,8 +72,9 @@ def main() -> None:
             write_record(evaluation_file, done)
         if args.kind == "topk" and done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
             sae = saes.load(args.out, hook)
-            tuning = saes.Tuning(tokens=int(args.finetune_tokens), autocast=True)
-            saes.finetune(model, sae, shuffled[: args.texts // 8], tuning=tuning)
+            if "tuned on the loss" not in sae.cfg.metadata.settings:  # else it was killed while it was evaluated
+                tuning = saes.Tuning(int(args.finetune_tokens), args.finetune_windows, args.finetune_lr, autocast=True)
+                saes.finetune(model, sae, shuffled[: args.texts // 8], tuning=tuning, checkpoint=args.out / "tuning")
             again = finish(model, sae, args.out / hook, test)
             done[hook] = again | {"fine-tuned": int(args.finetune_tokens), "recovered before": done[hook]["recovered"]}
             write_record(evaluation_file, done)

@@ -13,6 +13,7 @@ from bilens.circuits import Circuit, FeatureLayer, Protocol, controls, edits, ef
 from bilens.circuits.textstages import text_stages
 from bilens.models.windows import Windows, observe
 from bilens.tensor import resuming
+from bilens.tensor.keeping import Pace
 
 TEXTS = [
     "the cat sat on the mat.",
@@ -256,8 +257,7 @@ def found(lens, circuit, generator):
 def test_a_killed_test_goes_on(found, lens, circuit, generator, monkeypatch, tmp_path, stage):
     generator.manual_seed(0)
     protocol, save = Protocol(n_bootstrap=50, n_pairs=30, n_directions=4), resuming._Kept.save
-    monkeypatch.setattr(resuming, "SAVE_EVERY", -1.0)
-    monkeypatch.setattr(resuming, "_SHARE", -1.0)
+    monkeypatch.setattr(Pace, "due", lambda self: True)
 
     def die(self, done, rows):
         save(self, done, rows)

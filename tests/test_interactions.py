@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bilens import BilinearTensor, top_interactions
-from bilens.tensor import interactions, precision, scaled, state
+from bilens.tensor import interactions, precision, scaled
 from bilens.tensor.budget import Plan
+from bilens.tensor.keeping import Pace
 from bilens.tensor.screening import Block
 from bilens.tensor.sharding import check_group
 from bilens.tensor.state import State
@@ -431,7 +432,7 @@ def test_a_killed_search_goes_on(tmp_path, monkeypatch, plan, stop_at):
     B, out, inp = medium()
     whole = top_interactions(B, 40, out, inp, per_output=3)
     plan(torch.Generator().manual_seed(0))
-    monkeypatch.setattr(state, "SAVE_EVERY", 0)
+    monkeypatch.setattr(Pace, "due", lambda self: True)
     save, saves = State.save, []
 
     def die(self, following, pools):
@@ -471,7 +472,7 @@ def test_a_search_goes_on_in_another_dtype(tmp_path, plan):
     whole = top_interactions(B, 40, out, inp, per_output=3, features=6)
     save, saved = State.save, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "SAVE_EVERY", 0)
+        patch.setattr(Pace, "due", lambda self: True)
         patch.setattr(State, "save", lambda self, *args: (save(self, *args), saved.append(args), stop()))
         with pytest.raises(KeyboardInterrupt):
             top_interactions(B, 40, out, inp, per_output=3, features=6, checkpoint=tmp_path, screen=torch.bfloat16)
@@ -490,12 +491,12 @@ SHARED = """
 import sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from bilens import BilinearTensor, top_interactions
-from bilens.tensor import state
+from bilens.tensor.keeping import Pace
 from bilens.tensor.state import State
 
 dist.init_process_group("gloo")
 given, folder, names = load_file(sys.argv[1]), sys.argv[2], ("out", "left", "right", "value")
-state.SAVE_EVERY, save = 0, State.save
+Pace.due, save = lambda self: True, State.save
 
 def killed(self, *args):
     save(self, *args)

@@ -10,9 +10,9 @@ from rich.console import Console
 from bilens import circuits
 from bilens.__main__ import run_coupling_test, run_tests
 from bilens.circuits import costs
-from bilens.tensor import resuming
+from bilens.tensor import keeping, resuming
 from bilens.tensor.bilinear import BilinearTensor
-from bilens.tensor.keeping import damaged, read_state, write_state
+from bilens.tensor.keeping import Pace, damaged, read_state, write_state
 from bilens.tensor.resuming import Stages
 
 NULLS = ["readers", "rotation", "untrained", "signs"]
@@ -34,8 +34,7 @@ def layer():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Three outputs are dealt with at a time, and a state is written after each."""
-    monkeypatch.setattr(resuming, "SAVE_EVERY", -1.0)
-    monkeypatch.setattr(resuming, "_SHARE", -1.0)
+    monkeypatch.setattr(Pace, "due", lambda self: True)
     monkeypatch.setattr(circuits.scoring, "NUMBERS", 36 * 36 * 3)
 
 
@@ -140,7 +139,7 @@ def test_a_damaged_state_is_refused_by_name(layer, tmp_path):
 def test_what_is_kept_takes_little_of_the_time(monkeypatch, tmp_path):
     """A state is written after a second, but a large one only when a twentieth of the time pays for it."""
     now, writes = [0.0], []
-    monkeypatch.setattr(resuming.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(keeping.time, "monotonic", lambda: now[0])
 
     def write(path, rows, about):
         writes.append(now[0])

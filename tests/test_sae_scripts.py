@@ -12,6 +12,7 @@ from conftest import WORDS
 
 import bilens
 from bilens import saes
+from bilens.tensor.keeping import read_record, write_record
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -26,6 +27,10 @@ HOOKS = ["blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out"]
 def call(script, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
     script.main()
+
+
+def read(path):
+    return read_record(path).items()
 
 
 @pytest.fixture
@@ -47,6 +52,15 @@ def test_saes_are_fitted_get_cards_and_are_compared(place, monkeypatch, capsys):
     call(fit_saes, monkeypatch, model, "--data", data, "--out", fitted, *options)
     sae = saes.load(fitted, HOOKS[1])
     assert (sae.cfg.d_sae, sae.cfg.k) == (32, 3)
+
+    written = fitted / "evaluation.json"  # as if killed once they were tuned, before that was written down
+    told = {hook: {name: value for name, value in one.items() if name != "fine-tuned"} for hook, one in read(written)}
+    write_record(written, told)
+    with monkeypatch.context() as patch:
+        patch.setattr(saes, "finetune", lambda *args, **options: pytest.fail("was tuned again"))
+        call(fit_saes, patch, model, "--data", data, "--out", fitted, *options)
+    assert all("fine-tuned" in one for _, one in read(written))
+    assert torch.equal(saes.load(fitted, HOOKS[1]).W_enc, sae.W_enc)
 
     source = ["--data", data, "--lexicon", place / "words.csv", "--label", "label", "--unlabelled", "unlabelled"]
     source += ["--holdout", 0.3]

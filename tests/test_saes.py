@@ -1,5 +1,6 @@
 """SAEs: the published ones, fitting, evaluation, contexts."""
 
+import copy
 import json
 from dataclasses import replace
 from itertools import islice
@@ -15,6 +16,8 @@ from bilens import saes
 from bilens.models.files import fingerprint
 from bilens.models.windows import Windows, observe
 from bilens.saes import Recipe, Tuning
+from bilens.saes.tuning import TUNED, _Kept
+from bilens.tensor.keeping import Pace
 
 SCOPE = Path(__file__).parents[1] / "../shared/fixtures/published-format/bilinear-scope"
 HOOKS = ["blocks.0.hook_mlp_in", "blocks.1.hook_mlp_out"]
@@ -244,6 +247,33 @@ def test_fine_tuning_lowers_the_divergence_and_leaves_the_model_alone(model, win
     assert given[0] is mine
     assert torch.equal(mine, torch.ones_like(mine))
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+    assert sae.cfg.metadata.settings[TUNED] == 16 * 8 * 60
+
+
+def test_a_killed_fine_tuning_goes_on_to_the_same_weights(model, windows, fitted, tmp_path, monkeypatch):
+    tuning, save, steps = Tuning(16 * 8 * 6, windows=8), _Kept.save, []
+    monkeypatch.setattr(Pace, "due", lambda self: True)
+
+    def run(folder=None, tokens=windows):
+        sae = copy.deepcopy(fitted[0][HOOKS[1]])
+        return saes.finetune(model, sae, tokens, tuning=tuning, checkpoint=folder).state_dict()
+
+    def die(self, sae, optimizer, done):
+        save(self, sae, optimizer, done)
+        steps.append(done)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    whole = run()
+    monkeypatch.setattr(_Kept, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint must be of this call"):
+        run(tmp_path, windows[1:])
+    for _ in range(2):  # the second time there is nothing left to do
+        again = run(tmp_path)
+        assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_evaluation_by_hand(model, windows, fitted):

@@ -27,6 +27,7 @@ from bilens.tensor.keeping import atomic_write, checksum_of, damaged, user_path
 from .checks import LENS_FILES
 from .kinds import KINDS, finished, untrained
 from .stored import load, save, unit_rows
+from .tuning import TUNED
 
 
 class ActivationStream:
@@ -164,8 +165,8 @@ def fit(
 
 
 def _asked(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what an SAE says of the run that fitted it, without what follows from the model."""
-    return {"kind": "topk"} | {key: value for key, value in (settings or {}).items() if key != "casts"}
+    """Return what an SAE says of the run that fitted it, without what follows from the model or came later."""
+    return {"kind": "topk"} | {key: value for key, value in (settings or {}).items() if key not in ("casts", TUNED)}
 
 
 def _hash(windows: Windows) -> str:

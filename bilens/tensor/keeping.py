@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+SAVE_EVERY = 1.0  # seconds between two states of a long job, at least
+_SHARE = 20  # of the time one part goes into writing them at most: they may grow with what was found
 _STATE = "state"  # key of the header that holds what is not a tensor
 _SUM = "checksum"
 _WRITER = re.compile(r"(.*)-(\d+)\.[0-9a-f]{12}\.partial")  # machine and process
@@ -185,6 +188,25 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     if found != _checksum({}, json.dumps(told, sort_keys=True)):
         raise damaged(path, "its checksum does not match")
     return told
+
+
+class Pace:
+    """When a long job writes its state: not at once, and not for most of its time."""
+
+    def __init__(self):
+        self.saved, self.took = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Return whether the last state is old, beside the time that it took to write."""
+        return time.monotonic() - self.saved > max(SAVE_EVERY, _SHARE * self.took)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Take the time of a state that is written in the `with` block."""
+        began = time.monotonic()
+        yield
+        self.saved = time.monotonic()
+        self.took = self.saved - began
 
 
 class StateError(ValueError):

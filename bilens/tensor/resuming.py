@@ -1,6 +1,5 @@
 """The rows that a long call finds, kept on disk stage by stage: the same call goes on from there after a kill."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .keeping import damaged, fingerprint_of, foreign, is_file, read_state, write_state
+from .keeping import Pace, damaged, fingerprint_of, foreign, is_file, read_state, write_state
 
-SAVE_EVERY = 1.0  # seconds between two checkpoints, at least
-_SHARE = 20  # of the time one part goes into checkpoints at most: they grow with what was found
 _GENERATOR = "generator"
 
 Rows = dict[str, Tensor]
@@ -63,7 +60,7 @@ class Stages:
                 parts.append(part)
                 done += _length(part)
                 bar.update(_length(part))
-                if kept is not None and (done >= n or kept.due()):
+                if kept is not None and (done >= n or kept.pace.due()):
                     parts = [_joined(parts)]
                     kept.save(done, parts[0])
         return _joined(parts)
@@ -79,7 +76,7 @@ class _Kept:
         self.path, self.n, self.generator, self.device = path, n, generator, stages.device
         stood = None if generator is None else generator.get_state()
         self.fingerprint = fingerprint_of([stood], stages.fingerprint, path.name, n)
-        self.saved, self.took = time.monotonic(), 0.0
+        self.pace = Pace()
 
     def load(self) -> tuple[int, list[Rows], Tensor | None]:
         """Return how many rows are there, what they are, and where the generator stood after them."""
@@ -98,17 +95,11 @@ class _Kept:
             raise damaged(self.path, f"every column must have {done} rows, got {', '.join(wrong)}")
         return done, [{name: column.to(device=self.device) for name, column in rows.items()}], left
 
-    def due(self) -> bool:
-        """Return whether the last checkpoint is old, beside the time that it took."""
-        return time.monotonic() - self.saved > max(SAVE_EVERY, _SHARE * self.took)
-
     def save(self, done: int, rows: Rows) -> None:
         """Write the rows so far so that a kill at any time leaves the old ones or the new ones."""
-        began = time.monotonic()
         drawn = {} if self.generator is None else {_GENERATOR: self.generator.get_state()}
-        write_state(self.path, rows | drawn, {"fingerprint": self.fingerprint, "next": done})
-        self.saved = time.monotonic()
-        self.took = self.saved - began
+        with self.pace.writing():
+            write_state(self.path, rows | drawn, {"fingerprint": self.fingerprint, "next": done})
 
 
 def _length(rows: Rows) -> int:

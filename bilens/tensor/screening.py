@@ -46,7 +46,7 @@ def run(search: Search, shard: range, memory: int, progress: bool, state: State 
                 found = block.screen(plan)
                 pools = {name: found[name] if name == "all" else pools[name] + found[name] for name in pools}
                 bar.update(some.stop - some.start)
-                if state is not None and (done == shard.stop or state.due()):
+                if state is not None and (done == shard.stop or state.pace.due()):
                     state.save(done, pools)
     return pools
 

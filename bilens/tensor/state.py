@@ -1,16 +1,13 @@
 """The state of a ranking on disk, from which a search that was killed goes on."""
 
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from .candidates import PARTS, Pool
-from .keeping import damaged, fingerprint_of, foreign, is_file, read_state, write_state
+from .keeping import Pace, damaged, fingerprint_of, foreign, is_file, read_state, write_state
 from .search import Search
-
-SAVE_EVERY = 1.0  # seconds between two checkpoints
 
 
 class State:
@@ -22,7 +19,7 @@ class State:
     def __init__(self, folder: Path, search: Search, shard: range, group: "dist.ProcessGroup | None"):
         rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.path = folder / f"rank-{rank}-of-{size}.safetensors"
-        self.shard, self.search, self.saved = shard, search, time.monotonic()
+        self.shard, self.search, self.pace = shard, search, Pace()
         self.fingerprint = _fingerprint(search, shard)
 
     def load(self) -> tuple[int, dict[str, Pool]]:
@@ -74,17 +71,13 @@ class State:
                 return f"{name} must lie between {low} and {high}, got {part.min().item()} to {part.max().item()}"
         return None if (pool.left <= pool.right).all() else "left must not exceed right"
 
-    def due(self) -> bool:
-        """Return whether the last checkpoint is old."""
-        return time.monotonic() - self.saved > SAVE_EVERY
-
     def save(self, following: int, pools: dict[str, Pool]) -> None:
         """Write the state so that a kill at any time leaves the old one or the new one."""
         tensors = {f"{n}.{name}": part for n, pool in pools.items() for name, part in pool.parts().items()}
         if self.search.features is not None:
             tensors["features"] = self.search.features
-        write_state(self.path, tensors, {"fingerprint": self.fingerprint, "next": following})
-        self.saved = time.monotonic()
+        with self.pace.writing():
+            write_state(self.path, tensors, {"fingerprint": self.fingerprint, "next": following})
 
 
 def _fingerprint(search: Search, shard: range) -> str:
