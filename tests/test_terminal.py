@@ -92,4 +92,4 @@ def test_letters_that_the_terminal_does_not_know_are_replaced(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert main(["features", "--layer", "2", "--find", "not"]) == 0
-    assert b"2.41 % | 0.50 | 0.50 |" in stream.buffer.getvalue()
+    assert b"3.20 % | 0.46 | 0.54 |" in stream.buffer.getvalue()
