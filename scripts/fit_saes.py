@@ -18,6 +18,7 @@ from corpora import is_held_out, read_corpus
 
 import bilens
 from bilens import saes
+from bilens.saes.tuning import TUNED
 from bilens.tensor.keeping import read_record, write_record
 
 
@@ -72,7 +73,7 @@ def main() -> None:
             write_record(evaluation_file, done)
         if args.kind == "topk" and done[hook]["recovered"] < args.finetune_below and "fine-tuned" not in done[hook]:
             sae = saes.load(args.out, hook)
-            if "tuned on the loss" not in sae.cfg.metadata.settings:  # else it was killed while it was evaluated
+            if TUNED not in sae.cfg.metadata.settings:  # else it was killed while it was evaluated
                 tuning = saes.Tuning(int(args.finetune_tokens), args.finetune_windows, args.finetune_lr, autocast=True)
                 saes.finetune(model, sae, shuffled[: args.texts // 8], tuning=tuning, checkpoint=args.out / "tuning")
             again = finish(model, sae, args.out / hook, test)

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub
 import pytest
 import twin
 
@@ -36,9 +35,8 @@ def twins(tmp_path_factory):
 
 
 @pytest.fixture
-def served(hub, twins, monkeypatch):
+def served(hub, twins):
     """A Hub on this machine with the twin on it."""
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
     for repo, files in twins.items():
         hub.commit(repo, files)
 

@@ -15,7 +15,7 @@ from bilens.models.files import fingerprint
 from bilens.models.texts import Texts
 from bilens.models.transformer import BilinearTransformer
 from bilens.models.windows import Windows, layer_of
-from bilens.tensor.keeping import Pace, damaged, fingerprint_of, foreign, is_file, read_state, user_path, write_state
+from bilens.tensor.keeping import Pace, damaged, fingerprint_of, read_own_state, user_path, write_state
 
 from .directions import hook_of
 from .evaluation import reconstruct, splice
@@ -139,11 +139,9 @@ class _Kept:
 
     def load(self, sae: "SAE", optimizer: torch.optim.Adam) -> int:
         """Put the state back, if there is one, and return how many steps are done."""
-        if not is_file(self.path):
+        if (own := read_own_state(self.path, self.fingerprint)) is None:
             return 0
-        tensors, about = read_state(self.path)
-        if about.get("fingerprint") != self.fingerprint:
-            raise foreign(self.path, about.get("fingerprint"), self.fingerprint)
+        tensors, about = own
         weights = dict(sae.named_parameters())
         parts = {f"{name}.{part}" for name in weights for part in ("weight", "exp_avg", "exp_avg_sq")}
         if set(tensors) != parts or not isinstance(about.get("next"), int):

@@ -164,6 +164,20 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     return tensors, json.loads(header[_STATE])
 
 
+def read_own_state(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return what `write_state` wrote of the call with this fingerprint; None where there is no file.
+
+    Raises:
+        StateError: The file is of another call, or damaged.
+    """
+    if not is_file(path):
+        return None
+    tensors, about = read_state(path)
+    if about.get("fingerprint") != fingerprint:
+        raise foreign(path, about.get("fingerprint"), fingerprint)
+    return tensors, about
+
+
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write what a long job has found so far, as JSON that people read too, atomically and with a checksum."""
     told = json.loads(json.dumps(record))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .keeping import Pace, damaged, fingerprint_of, foreign, is_file, read_state, write_state
+from .keeping import Pace, damaged, fingerprint_of, read_own_state, write_state
 
 _GENERATOR = "generator"
 
@@ -80,11 +80,9 @@ class _Kept:
 
     def load(self) -> tuple[int, list[Rows], Tensor | None]:
         """Return how many rows are there, what they are, and where the generator stood after them."""
-        if not is_file(self.path):
+        if (own := read_own_state(self.path, self.fingerprint)) is None:
             return 0, [], None
-        rows, about = read_state(self.path)
-        if about.get("fingerprint") != self.fingerprint:
-            raise foreign(self.path, about.get("fingerprint"), self.fingerprint)
+        rows, about = own
         left, done = rows.pop(_GENERATOR, None), about.get("next")
         if not isinstance(done, int) or not 0 < done <= self.n:
             raise damaged(self.path, f"next must lie between 1 and {self.n}, got {done!r}")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .candidates import PARTS, Pool
-from .keeping import Pace, damaged, fingerprint_of, foreign, is_file, read_state, write_state
+from .keeping import Pace, damaged, fingerprint_of, read_own_state, write_state
 from .search import Search
 
 
@@ -29,11 +29,9 @@ class State:
             ValueError: The file is of another search, or damaged; it says what to do.
         """
         pools = self.search.pools()
-        if not is_file(self.path):
+        if (own := read_own_state(self.path, self.fingerprint)) is None:
             return self.shard.start, pools
-        tensors, about = read_state(self.path)
-        if about.get("fingerprint") != self.fingerprint:
-            raise foreign(self.path, about.get("fingerprint"), self.fingerprint)
+        tensors, about = own
         chosen = {} if self.search.features is None else {"features": self.search.features}
         if set(tensors) != {f"{name}.{part}" for name in pools for part in PARTS} | set(chosen):
             raise damaged(self.path, f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
