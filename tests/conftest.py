@@ -6,12 +6,18 @@ import string
 import jaxtyping
 import pytest
 import torch
+from checking import checked
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores; processes that tests start count too
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # While a module of bilens is imported, jaxtyping's hook finds no stored bytecode for what that one imports first,
+    # and compiles it anew; so all that is large comes before.
+    import sae_lens  # noqa: F401
+
+jaxtyping.jaxtyped = checked  # as its import hook finds it in each module of bilens
 
 if "BILENS_DEFAULT_DTYPE" in os.environ:  # a user may have set it, and no result may hang on it
     torch.set_default_dtype(getattr(torch, os.environ["BILENS_DEFAULT_DTYPE"]))
