@@ -495,6 +495,7 @@ from bilens.tensor.keeping import Pace
 from bilens.tensor.state import State
 
 dist.init_process_group("gloo")
+groups = {size: dist.new_group(range(size)) for size in map(int, sys.argv[3:])}
 given, folder, names = load_file(sys.argv[1]), sys.argv[2], ("out", "left", "right", "value")
 Pace.due, save = lambda self: True, State.save
 
@@ -502,31 +503,36 @@ def killed(self, *args):
     save(self, *args)
     raise KeyboardInterrupt
 
-for dtype in (torch.float32, torch.float64):
-    down, left, right, out, inp = (part.to(dtype) for part in given.values())
-    options = {"per_output": 3, "features": 5, "group": dist.group.WORLD, "checkpoint": f"{folder}/{dtype}"}
-    State.save = killed
-    try:
-        top_interactions(BilinearTensor(down, left, right), 500, out, inp, **options)
-    except KeyboardInterrupt:
-        State.save = save
-    found = top_interactions(BilinearTensor(down, left, right), 500, out, inp, **options)
-    parts = dict(zip(names, found)) | {"each." + name: part for name, part in zip(names, found.per_output)}
-    save_file(parts | {"features": found.features}, f"{folder}/{dtype}-{dist.get_rank()}.safetensors")
+for size, group in groups.items():
+    if dist.get_rank() >= size:
+        continue
+    for dtype in (torch.float32, torch.float64):
+        down, left, right, out, inp = (part.to(dtype) for part in given.values())
+        options = {"per_output": 3, "features": 5, "group": group, "checkpoint": f"{folder}/{dtype}-of-{size}"}
+        State.save = killed
+        try:
+            top_interactions(BilinearTensor(down, left, right), 500, out, inp, **options)
+        except KeyboardInterrupt:
+            State.save = save
+        found = top_interactions(BilinearTensor(down, left, right), 500, out, inp, **options)
+        parts = dict(zip(names, found)) | {"each." + name: part for name, part in zip(names, found.per_output)}
+        rank = f"{folder}/{dtype}-{dist.get_rank()}-of-{size}.safetensors"
+        save_file(parts | {"features": found.features}, rank)
+dist.barrier()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 4])
-def test_every_number_of_ranks_gives_the_same_bits(tmp_path, n_ranks):
+def test_every_number_of_ranks_gives_the_same_bits(tmp_path):
     """Also where each rank was killed after its first pieces, and went on from what it had kept."""
     B, out, inp = medium(n_out=13)
     given = {"down": B.down, "left": B.left, "right": B.right, "out": out, "inp": inp}
     save_file({str(number): tensor for number, tensor in enumerate(given.values())}, tmp_path / "given.safetensors")
     (tmp_path / "shared.py").write_text(SHARED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    sizes = (1, 2, 4)  # groups within one run of four processes, which take seconds to start
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={max(sizes)}"]
     done = subprocess.run(
-        [*command, tmp_path / "shared.py", tmp_path / "given.safetensors", tmp_path],
+        [*command, tmp_path / "shared.py", tmp_path / "given.safetensors", tmp_path, *map(str, sizes)],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -534,11 +540,12 @@ def test_every_number_of_ranks_gives_the_same_bits(tmp_path, n_ranks):
     for dtype in (torch.float32, torch.float64):
         weights = BilinearTensor(*(part.to(dtype) for part in (B.down, B.left, B.right)))
         alone = top_interactions(weights, 500, out.to(dtype), inp.to(dtype), per_output=3, features=5)
-        for rank in range(n_ranks):
-            found = load_file(tmp_path / f"{dtype}-{rank}.safetensors")
-            assert equal([found[name] for name in names], alone)
-            assert equal([found[f"each.{name}"] for name in names], alone.per_output)
-            assert torch.equal(found["features"], alone.features)
+        for size in sizes:
+            for rank in range(size):
+                found = load_file(tmp_path / f"{dtype}-{rank}-of-{size}.safetensors")
+                assert equal([found[name] for name in names], alone)
+                assert equal([found[f"each.{name}"] for name in names], alone.per_output)
+                assert torch.equal(found["features"], alone.features)
 
 
 def test_a_group_that_cannot_hold_the_tensors(monkeypatch):
