@@ -24,6 +24,20 @@ def test_a_fast_device_is_given_a_larger_product(monkeypatch):
     precision.product_rates.cache_clear()
 
 
+def test_a_dtype_that_is_emulated_is_measured_on_a_small_product_alone(monkeypatch):
+    asked = []
+
+    def seconds(side, dtype, device):
+        asked.append((side, dtype))
+        return side**3 * (1e-12 if dtype == torch.float32 else 1e-10)
+
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    precision.product_rates.cache_clear()
+    assert precision.product_rates(CPU) == pytest.approx({torch.float32: 2e12, torch.bfloat16: 2e10})
+    assert {side for side, dtype in asked if dtype == torch.bfloat16} == {256}
+    precision.product_rates.cache_clear()
+
+
 def test_a_device_is_measured_once():
     rates = precision.product_rates(CPU)
     assert precision.product_rates(CPU) is rates
