@@ -1,4 +1,4 @@
-"""The suite's shape checks at a third of their price: a call's arguments are checked once, and its result."""
+"""The suite's shape checks at a fraction of their price: a call's arguments are checked once, and its result."""
 
 import functools
 import inspect

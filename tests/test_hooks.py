@@ -1,14 +1,12 @@
-"""Hooks that edit in place, interrupts, plain torch hooks and compilation: an edit changes what it says and no more."""
+"""Hooks that edit in place, interrupts, and plain torch hooks: an edit changes what it says and no more."""
 
 import gc
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
-import bilens
 from bilens.images.classifiers import ClassifierConfig, ImageClassifier
 
 TOKENS = torch.tensor([[1, 5, 7, 6, 9]])
@@ -142,26 +140,3 @@ def test_generation_with_torchs_own_hooks_is_that_without_the_cache(make_model):
         handle.remove()
         assert torch.equal(*some)
         assert model.generate(TOKENS, 6, temperature=0).shape == some[0].shape
-
-
-COMPILED = """
-import copy, sys, torch, bilens
-model = bilens.load(sys.argv[1])
-tokens = torch.tensor([[1, 5, 7, 6, 9]])
-halve = [("blocks.1.hook_mlp_out", lambda value, hook: value.mul_(0.5))]
-plain, hooked = model(tokens), model.run_with_hooks(tokens, fwd_hooks=halve)
-in_place = copy.deepcopy(model)
-in_place.compile(backend="eager")
-for compiled, run in ((in_place, in_place), (model, torch.compile(model, backend="eager"))):
-    torch.testing.assert_close(run(tokens), plain)
-    with compiled.hooks(fwd_hooks=halve):
-        torch.testing.assert_close(run(tokens), hooked)
-    torch.testing.assert_close(run(tokens), plain)
-"""
-
-
-def test_hooks_on_a_compiled_model_run(make_model, tmp_path):
-    """In a process of its own: the suite's shape checks cannot be compiled."""
-    bilens.save(make_model(), tmp_path / "model")
-    done = subprocess.run([sys.executable, "-c", COMPILED, tmp_path / "model"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

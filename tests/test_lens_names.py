@@ -1,8 +1,6 @@
 """transformer_lens' names: each is there with its meaning, or says what to use in its place; torch's own hooks too."""
 
 import copy
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -10,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import bilens
 from bilens import BilinearConfig, BilinearTransformer
 from bilens.models import lensconfig, lensnames
 
@@ -276,26 +273,3 @@ def test_blocks_of_hooks_end_in_any_order_and_no_copy_has_them(make_model):
     next(stream)
     assert not in_a_thread(lambda: model.run_with_hooks(TOKENS, fwd_hooks=hook))  # without hooks it has none hooked
     stream.close()
-
-
-GRAPHS = """
-import sys, torch, bilens
-model = bilens.load(sys.argv[1])
-tokens, longer = torch.tensor([[1, 5, 7, 6, 9]]), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
-mask = torch.tensor([[0, 1, 1, 1, 1]])
-whole = torch.compile(model, backend="eager", fullgraph=True)
-torch.testing.assert_close(whole(tokens), model(tokens))
-torch.testing.assert_close(whole(tokens, "loss"), model(tokens, "loss"))
-torch.testing.assert_close(whole(tokens, attention_mask=mask), model(tokens, attention_mask=mask))
-some = {"input": {1: torch.export.Dim("seq", min=2, max=32)}}
-exported = torch.export.export(model, (tokens,), dynamic_shapes=some)
-for asked in (tokens, longer):
-    torch.testing.assert_close(exported.module()(asked), model(asked))
-"""
-
-
-def test_the_model_is_one_graph(make_model, tmp_path):
-    """In a process of its own: the suite's shape checks cannot be compiled."""
-    bilens.save(make_model(), tmp_path / "model")
-    done = subprocess.run([sys.executable, "-c", GRAPHS, tmp_path / "model"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

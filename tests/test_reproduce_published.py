@@ -16,6 +16,7 @@ import torch
 import twin
 from hub_server import as_the_hub
 from huggingface_hub import constants
+from twin import MODEL, SCOPE, contents
 
 import bilens
 from bilens.circuits.compiled import write_scope
@@ -26,26 +27,13 @@ script = pytest.importorskip("reproduce_published")
 measures = sys.modules["published_measures"]
 sys.path.remove(str(SCRIPTS))
 
-MODEL, SCOPE = "tdooms/ts-medium", "tdooms/ts-medium-scope"
 N_TEXTS = 24
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """Return the twin's files by repository."""
-    folder = tmp_path_factory.mktemp("twin")
-    twin.build().save(folder)
-    return {MODEL: contents(folder / "model"), SCOPE: published(contents(folder / "scope"))}
-
-
-def published(scope: dict[str, bytes]) -> dict[str, bytes]:
-    """Call the SAEs by the published names, which say 4x: the twin is narrower, with as many features."""
-    return {name.replace("-x13-", "-x4-"): data for name, data in scope.items()}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    """Return the twin's files by repository and name."""
+    return twin.files(tmp_path_factory.mktemp("twin"))
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +238,8 @@ def test_other_text_is_measured_again(served, straight, command, tmp_path):
 def test_a_revision_of_either_repository(served, files, command, tmp_path, reference):
     for repo in (MODEL, SCOPE):
         served.commit(repo, files[repo], "paper")
-    other = tmp_path / "other"
-    twin.build(seed=1).save(other)
-    served.commit(MODEL, contents(other / "model"))
-    served.commit(SCOPE, published(contents(other / "scope")))
+    for repo, some in twin.files(tmp_path / "other", seed=1).items():
+        served.commit(repo, some)
     run(command("out", *(part for repo in (MODEL, SCOPE) for part in ("--revision", f"{repo}=paper"))))
     asked = [line for line in served.asked if line.startswith("GET") and " paper " in line]
     assert asked

@@ -25,13 +25,7 @@ PAGES = sorted(SOURCE.rglob("*.md"))
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
     """The files of a planted twin of ts-medium and of its SAEs, by repository and name."""
-    folder, found = tmp_path_factory.mktemp("twin"), {}
-    twin.build().save(folder)
-    for part, repo in (("model", "tdooms/ts-medium"), ("scope", "tdooms/ts-medium-scope")):
-        paths = [path for path in (folder / part).rglob("*") if path.is_file()]
-        named = {path.relative_to(folder / part).as_posix().replace("-x13-", "-x4-"): path for path in paths}
-        found[repo] = {name: path.read_bytes() for name, path in named.items()}
-    return found
+    return twin.files(tmp_path_factory.mktemp("twin"))
 
 
 @pytest.fixture

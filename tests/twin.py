@@ -26,6 +26,7 @@ SOURCES, ALWAYS = (10, 11, 12), 20
 TOPICS, BACKGROUND = tuple(range(21, 57)), tuple(range(1, 37))  # input features of every word, and outputs of those
 SHAPE = Shape(6, 4, 160, 288, 8, 48, 13, 30)  # 2,080 features, as many as the ids need
 K, EPS = SHAPE.k, 1e-8
+MODEL, SCOPE = "tdooms/ts-medium", "tdooms/ts-medium-scope"
 NAMES = ("4-resid-mid-x4-k30", "4-mlp-out-x4-k30")
 
 
@@ -94,6 +95,22 @@ def build(seed: int = 0) -> Compiled:
     out = made.out.clone()
     out[NOT_BAD] = COSINE * out[NOT_GOOD] + math.sqrt(1 - COSINE**2) * out[OTHER]
     return replace(made, out=out)
+
+
+def files(folder: Path, seed: int = 0) -> dict[str, dict[str, bytes]]:
+    """Build the twin in a folder; return its files by repository and name.
+
+    Its SAEs are called by the published names, which say 4x: the twin is narrower, with as many features.
+    """
+    build(seed).save(folder)
+    scope = {name.replace("-x13-", "-x4-"): data for name, data in contents(folder / "scope").items()}
+    return {MODEL: contents(folder / "model"), SCOPE: scope}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file in a folder by its path there."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def make_texts(n: int, seed: int = 0, length: int = 40) -> list[str]:
