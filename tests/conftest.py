@@ -27,12 +27,12 @@ settings.load_profile("bilens")
 
 SLOW = {  # they train models, start processes, or open a browser
     *("test_adversarial", "test_anneal_script", "test_annealing", "test_any_model", "test_classifiers"),
-    "test_compiling",
-    *("test_elriggs", "test_exporting", "test_families", "test_hub", "test_images", "test_induction_heads"),
-    *("test_kinds", "test_llama", "test_main", "test_motifs", "test_opinions", "test_pronoun_circuit"),
-    *("test_publishing", "test_rank_layer", "test_readme", "test_report", "test_reproduce_images"),
-    *("test_reproduce_language", "test_reproduce_published", "test_saes", "test_selftest", "test_site"),
-    *("test_toys", "test_training", "test_tutorials"),
+    *("test_compiling", "test_elriggs", "test_exporting", "test_families", "test_hub"),
+    *("test_images", "test_induction_heads", "test_kinds", "test_llama", "test_main"),
+    *("test_motifs", "test_opinions", "test_pronoun_circuit", "test_publishing", "test_rank_layer"),
+    *("test_readme", "test_report", "test_reproduce_images", "test_reproduce_language", "test_reproduce_published"),
+    *("test_saes", "test_selftest", "test_site", "test_toys", "test_training"),
+    *("test_tutorials",),
 }
 
 

@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlparse
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file in a folder by its path there, as a repository has them."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @dataclass
@@ -33,6 +40,11 @@ class Hub:
         for revision in (sha, *(revisions or ("main",))):
             self.repos.setdefault(repo, {})[revision] = files
         return sha
+
+    def serve(self, repos: dict[str, dict[str, bytes]]) -> None:
+        """Add one state of each repository, by name."""
+        for repo, files in repos.items():
+            self.commit(repo, files)
 
     def sha(self, repo: str, revision: str) -> str:
         """Return the commit hash of a revision."""

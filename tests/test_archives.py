@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from hub_server import contents
 from test_elriggs import FAMILIES, FLAT, SIZES, flat_shapes, gpt_shapes, random_state, write
 
 import bilens
@@ -29,10 +30,6 @@ def state():
 @pytest.fixture
 def folder(tmp_path, state):
     return write(tmp_path / "model", CONFIG, state)
-
-
-def contents(folder):
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def refusal(folder, error=CheckpointError, **kwargs):

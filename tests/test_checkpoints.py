@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import contents
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -56,10 +57,6 @@ def edit_tensors(folder, name, weight):
     """Replace or add a tensor; `None` removes it."""
     tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()} | {name: weight}
     save_file({k: tensor for k, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
-
-
-def contents(folder):
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def refusal(folder, error=bilens.CheckpointError, **kwargs):

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from hub_server import contents
 from test_circuits import random_sae
 from test_elriggs import FAMILIES, FLAT, SIZES, flat_shapes, gpt_shapes, random_state, write
 from test_loading_saes import write_scope
@@ -350,11 +351,6 @@ def scope_files(folder, names, seed=0):
     for number, name in enumerate(names):
         write_scope(folder, name, seed=seed + number)
     return contents(folder)
-
-
-def contents(folder):
-    """The files under a folder, by their paths in it."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
 
 
 def test_a_layer_is_put_between_saes_from_the_hub(hub, model, tmp_path, offline):

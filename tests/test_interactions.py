@@ -516,8 +516,8 @@ for size, group in groups.items():
             State.save = save
         found = top_interactions(BilinearTensor(down, left, right), 500, out, inp, **options)
         parts = dict(zip(names, found)) | {"each." + name: part for name, part in zip(names, found.per_output)}
-        rank = f"{folder}/{dtype}-{dist.get_rank()}-of-{size}.safetensors"
-        save_file(parts | {"features": found.features}, rank)
+        parts["features"] = found.features
+        save_file(parts, f"{folder}/{dtype}-{dist.get_rank()}-of-{size}.safetensors")
 dist.barrier()
 dist.destroy_process_group()
 """

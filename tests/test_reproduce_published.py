@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import twin
-from hub_server import as_the_hub
+from hub_server import as_the_hub, contents
 from huggingface_hub import constants
-from twin import MODEL, SCOPE, contents
+from twin import MODEL, SCOPE
 
 import bilens
 from bilens.circuits.compiled import write_scope
@@ -44,12 +44,7 @@ def reference() -> twin.Reference:
 @pytest.fixture
 def served(hub, files):
     """A Hub with the twin on it."""
-    return serve(hub, files)
-
-
-def serve(hub, files):
-    for repo, some in files.items():
-        hub.commit(repo, some)
+    hub.serve(files)
     return hub
 
 
@@ -70,7 +65,7 @@ def straight(files, tmp_path_factory):
     """The folder of a run that nothing disturbed, which ended well: its output in `out`, the Hub's cache in `hub`."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch, as_the_hub(patch, folder / "hub") as hub:
-        serve(hub, files)
+        hub.serve(files)
         end = run(command_in(folder)())
     assert end.startswith("10 of "), end
     return folder
@@ -238,8 +233,7 @@ def test_other_text_is_measured_again(served, straight, command, tmp_path):
 def test_a_revision_of_either_repository(served, files, command, tmp_path, reference):
     for repo in (MODEL, SCOPE):
         served.commit(repo, files[repo], "paper")
-    for repo, some in twin.files(tmp_path / "other", seed=1).items():
-        served.commit(repo, some)
+    served.serve(twin.files(tmp_path / "other", seed=1))
     run(command("out", *(part for repo in (MODEL, SCOPE) for part in ("--revision", f"{repo}=paper"))))
     asked = [line for line in served.asked if line.startswith("GET") and " paper " in line]
     assert asked

@@ -31,8 +31,7 @@ def twins(tmp_path_factory):
 @pytest.fixture
 def served(hub, twins):
     """A Hub on this machine with the twin on it."""
-    for repo, files in twins.items():
-        hub.commit(repo, files)
+    hub.serve(twins)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(SOURCE).with_suffix("").as_posix())

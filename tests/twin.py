@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hub_server import contents
 
 from bilens.circuits.compiled import Compiled, Move, Plan, Product, Shape, compile_plan
 
@@ -105,12 +106,6 @@ def files(folder: Path, seed: int = 0) -> dict[str, dict[str, bytes]]:
     build(seed).save(folder)
     scope = {name.replace("-x13-", "-x4-"): data for name, data in contents(folder / "scope").items()}
     return {MODEL: contents(folder / "model"), SCOPE: scope}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file in a folder by its path there."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def make_texts(n: int, seed: int = 0, length: int = 40) -> list[str]:
